@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a configuration that DeepSpeed reads, in DeepSpeed's own form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from libneox.config.batch import BatchPlan
+    from libneox.config.tree import NeoxConfig
+
+PASSED_ON = (
+    "prescale_gradients", "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "dump_state",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comms_logger", "data_types", "communication_data_type",
+)  # fmt: skip
+MEANINGLESS_FP16 = ("enabled", "type", "fp16", "precision")
+
+
+def deepspeed_dict(config: NeoxConfig, plan: BatchPlan) -> dict[str, Any]:
+    """DeepSpeed's JSON config. The optimiser and the schedule are objects of ours and not in it.
+
+    Stage 0 becomes stage 1: the same numbers, without the defects of DeepSpeed's own stage 0.
+    """
+    result: dict[str, Any] = dict(config.deepspeed.deepspeed_extra_args or {})
+    result |= {name: config.get(name) for name in PASSED_ON if config.is_set(name)}
+    result |= {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.grad_accum,
+        "gradient_clipping": config.optim.gradient_clipping,
+    }
+    zero = dict(config.parallel.zero_optimization or {})
+    result["zero_optimization"] = zero | {"stage": max(1, config.zero_stage)}
+    if config.compute_precision == "fp16":
+        options = {k: v for k, v in (config.precision.fp16 or {}).items() if k not in MEANINGLESS_FP16}
+        result["fp16"] = options | {"enabled": True}
+    if config.compute_precision == "bfloat16":
+        result["bf16"] = (config.precision.bf16 or {}) | {"enabled": True}
+    if config.parallel.fp32_allreduce:
+        result["communication_data_type"] = "fp32"
+    return result

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of logging, monitoring and profiling."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from libneox.config.key import key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is reported of a run, and where to. RUN/metrics.jsonl is always written."""
+
+    log_interval: int = key(100, "A progress line every so many steps.", minimum=1)
+    log_dir: str | None = key(None, "Directory for a copy of what is printed.")
+    tensorboard_dir: str | None = key(None, "Write TensorBoard files here.")
+    use_wandb: bool | None = key(None, "Report to Weights & Biases; null is no.")
+    wandb_project: str = key("neox", "Weights & Biases project.")
+    wandb_group: str | None = key(None, "Weights & Biases group.")
+    wandb_run_name: str | None = key(None, "Weights & Biases run name.")
+    wandb_team: str | None = key(None, "Weights & Biases team.")
+    wandb_host: str = key("https://api.wandb.ai", "Weights & Biases server.")
+    wandb_init_all_ranks: bool = key(False, "A Weights & Biases run for each rank.")
+    use_comet: bool | None = key(None, "Report to Comet; null is no.")
+    comet_workspace: str | None = key(None, "Comet workspace.")
+    comet_project: str | None = key(None, "Comet project.")
+    comet_experiment_name: str | None = key(None, "Comet experiment name.")
+    comet_tags: list[str] | None = key(None, "Comet tags.")
+    comet_others: dict[str, Any] | None = key(None, "Further fields of a Comet experiment.")
+    peak_theoretical_tflops: float | None = key(
+        None, "Peak of one device, for MFU; default: what a matrix product reaches at start.", above=0
+    )
+    log_param_norm: bool = key(False, "Report the norm of each parameter.")
+    log_grad_norm: bool = key(False, "Report the norm of each gradient.")
+    log_grad_pct_zeros: bool = key(False, "Report the share of zeros in each gradient.")
+    log_optimizer_states: bool = key(False, "Report norms of optimiser states.")
+    log_gradient_noise_scale: bool = key(False, "Estimate the gradient noise scale.")
+    gradient_noise_scale_n_batches: int = key(5, "Global batches of the large-batch estimate.", minimum=2)
+    gradient_noise_scale_cpu_offload: bool = key(False, "Keep the noise scale's gradients in host memory.")
+    memory_profiling: bool = key(False, "Record a memory snapshot.")
+    memory_profiling_path: str | None = key(None, "Directory of the memory snapshot.")
+    profile: bool = key(False, "Profile some steps.")
+    profile_step_start: int = key(10, "First profiled step.", minimum=0)
+    profile_step_stop: int = key(12, "First step not profiled any more.", minimum=0)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log probabilities of given continuations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from libneox.errors import DataError
+from libneox.model import Transformer
+from libneox.model.loss import IGNORE, token_losses
+
+if TYPE_CHECKING:
+    from libneox.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(kw_only=True)
+class Score:
+    """How likely a continuation is after its context."""
+
+    logprob: float  # sum over its tokens, natural logarithm
+    is_greedy: bool  # every token was the most likely one
+    tokens: list[int]
+    token_logprobs: list[float]
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of both, split where the context's own ids end; an empty context becomes the end-of-document token.
+
+    The two are encoded as one text, because a token may not end where the context does. Spaces at the end of the
+    context are moved to the continuation, whose first token they belong to.
+    """
+    stripped = context.rstrip(" ")
+    continuation = context[len(stripped) :] + continuation
+    context_ids = tokenizer.encode(stripped)
+    whole = tokenizer.encode(stripped + continuation)
+    own = whole[len(context_ids) :]
+    if not context_ids:
+        if tokenizer.eod_id is None:
+            raise DataError("the context is empty, and the tokenizer has no end-of-document token to begin with")
+        context_ids = [tokenizer.eod_id]
+    return context_ids, own
+
+
+@torch.inference_mode()
+def score(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
+    """Score continuations in one batch, padded on the right, where nothing that counts sees the padding.
+
+    Args:
+        pairs: ids of a context, at least one, and of its continuation.
+    Raises:
+        DataError: a pair is longer than the model's context.
+    """
+    longest = max((len(context) + len(own) for context, own in pairs), default=0)
+    if longest - 1 > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise DataError(f"context and continuation have {longest:,} tokens, the model's context {limit:,}")
+    ids_BT = torch.zeros(len(pairs), max(longest - 1, 1), dtype=torch.int64)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    for row, (context, own) in enumerate(pairs):
+        text = torch.tensor([*context, *own])
+        ids_BT[row, : len(text) - 1] = text[:-1]
+        labels_BT[row, len(context) - 1 : len(text) - 1] = text[len(context) :]
+    hidden_BTD = model.hidden(ids_BT.to(model.device))
+    counted_BT = (labels_BT != IGNORE).to(model.device)
+    wanted_M = labels_BT.to(model.device)[counted_BT]
+    logits_M1D = hidden_BTD[counted_BT].unsqueeze(1)
+    logprobs = (-token_losses(logits_M1D, model.head_weight, wanted_M.unsqueeze(1)).squeeze(1)).tolist()
+    # The most likely token, over the vocabulary without its padding, a few positions at a time.
+    best = [model.logits(part)[..., : model.config.vocab_size].argmax(-1).flatten() for part in logits_M1D.split(256)]
+    greedy = (torch.cat(best) == wanted_M).tolist() if best else []
+    scores, at = [], 0
+    for _, own in pairs:
+        part = slice(at, at := at + len(own))
+        scores.append(
+            Score(
+                logprob=sum(logprobs[part]),
+                is_greedy=all(greedy[part]),
+                tokens=list(own),
+                token_logprobs=logprobs[part],
+            )
+        )
+    return scores

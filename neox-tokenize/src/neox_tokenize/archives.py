@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Archives and the other forms of lm_dataformat. Members are streamed; nothing is ever written to disk.
+
+form                 content
+.tar, .tar.*         members in order; each is read like a file of its own (JSONL, compressed or not, or one text)
+.zip                 the same; needs a real file, its directory is at the end
+.dat                 16 ASCII digits, that many bytes of UTF-8, and again
+.json                one JSON array of documents
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+
+from libneox.decompress import decompressed
+from libneox.errors import DataError, UnsafeInput, UsageError
+from libneox.lookahead import Lookahead
+from neox_tokenize.blocks import BLOCK_BYTES, Block, Limits, line_blocks, read_document
+
+DAT_LENGTH = 16
+OpenMember = Callable[[Lookahead, str, "str | None"], Iterator[Block]]
+
+
+def is_zip(head: bytes) -> bool:
+    """Whether data starting with `head` is a zip archive."""
+    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether data starting with `head` is a tar archive: the checksum of its first header fits."""
+    if len(head) < tarfile.BLOCKSIZE:
+        return False
+    try:
+        tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def is_columnar(head: bytes) -> bool:
+    """Whether data starting with `head` is Parquet or Arrow."""
+    return head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"))
+
+
+def is_dat(head: bytes) -> bool:
+    """Whether data starting with `head` is a .dat: a length of 16 digits, and another one behind that much text."""
+    if not re.match(rb"[0-9]{16}", head):
+        return False
+    following = head[DAT_LENGTH + int(head[:DAT_LENGTH]) :][:DAT_LENGTH]
+    return re.fullmatch(rb"[0-9]{0,16}", following) is not None
+
+
+def tar_blocks(stream: Lookahead, name: str, open_member: OpenMember) -> Iterator[Block]:
+    """The members of a tar archive, streamed.
+
+    Raises:
+        UnsafeInput: a link, a device, or a path that leads out of the archive.
+        DataError: the archive is cut off or damaged.
+    """
+    source = _LastBlock(stream)
+    try:
+        with tarfile.open(fileobj=source, mode="r|") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                where = f"{name}:{member.name}"
+                if member.isdir():
+                    continue
+                _check_member(member.name, where, plain=member.isfile())
+                content = archive.extractfile(member)
+                if content is not None and member.size:
+                    yield from open_member(Lookahead(content), where, None)
+    except tarfile.TarError as error:
+        raise DataError(f"{name}: the tar archive is damaged or cut off ({error})") from error
+    if source.last.strip(b"\0"):
+        raise DataError(f"{name}: the tar archive stops without its end mark; it is cut off")
+
+
+def zip_blocks(path: str | None, name: str, limits: Limits, open_member: OpenMember) -> Iterator[Block]:
+    """The members of a zip archive; same rules as `tar_blocks`."""
+    if path is None:
+        raise UsageError(f"{name}: a zip archive has its directory at the end and cannot be streamed; name the file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                where = f"{name}:{member.filename}"
+                if member.is_dir():
+                    continue
+                mode = member.external_attr >> 16
+                _check_member(member.filename, where, plain=stat.S_IFMT(mode) in (0, stat.S_IFREG))
+                if member.file_size > limits.record_bytes and member.file_size > 1000 * max(member.compress_size, 1):
+                    raise DataError(
+                        f"{where}: {member.file_size} bytes out of {member.compress_size}; refused as a bomb"
+                    )
+                with archive.open(member) as content:
+                    yield from open_member(Lookahead(content), where, None)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # RuntimeError: encrypted
+        raise DataError(f"{name}: the zip archive cannot be read ({error})") from error
+
+
+def dat_blocks(stream: Lookahead, name: str, limits: Limits) -> Iterator[Block]:
+    """Documents with their length in front."""
+    records: list[bytes] = []
+    size, first, offset = 0, 1, 0
+    while digits := stream.read(DAT_LENGTH):
+        if not re.fullmatch(rb"[0-9]{16}", digits):
+            raise DataError(f"{name}: at byte {offset}: a length of 16 digits expected, not {digits!r}; cut off?")
+        length = int(digits)
+        limits.check(length, f"{name}: document {first + len(records)}", stream, 0)
+        text = stream.read(length)
+        if len(text) < length:
+            raise DataError(f"{name}: at byte {offset}: a document of {length} bytes, but only {len(text)} are left")
+        records.append(text)
+        size += length
+        offset += DAT_LENGTH + length
+        if size >= BLOCK_BYTES:
+            yield Block(name, "text", "document", first, records)
+            first, records, size = first + len(records), [], 0
+    if records:
+        yield Block(name, "text", "document", first, records)
+
+
+def json_array_blocks(stream: Lookahead, name: str, limits: Limits) -> Iterator[Block]:
+    """The elements of one JSON array. The array is held in memory, and so falls under the limit of a document."""
+    import msgspec
+
+    data = read_document(stream, name, limits).removeprefix(b"\xef\xbb\xbf")
+    try:
+        elements = [bytes(raw) for raw in msgspec.json.decode(data, type=list[msgspec.Raw])]
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"{name}: not one valid JSON array ({error})") from error
+    del data
+    for start in range(0, len(elements), 1000):
+        yield Block(name, "json", "element", start + 1, elements[start : start + 1000])
+
+
+# suffix and form, in lm_dataformat's order
+NEOX_FORMS = (
+    (".dat.zst", "dat"),
+    (".jsonl", "jsonl"),
+    (".jsonl.zst", "jsonl"),
+    (".jsonl.zst.tar", "tar"),
+    (".json.zst", "json"),
+    (".txt", "text"),
+    (".zip", "zip"),
+    (".tar.gz", "tar"),
+    (".json.gz", "jsonl"),
+    (".gz", "lines"),
+)
+
+
+def neox_form(name: str) -> str | None:
+    """The form that GPT-NeoX's reader (lm_dataformat) sees in a file of this name: by suffix, in its order."""
+    return next((form for suffix, form in NEOX_FORMS if name.endswith(suffix)), None)
+
+
+def neox_blocks(form: str, stream: Lookahead, name: str, path: str | None, limits: Limits) -> Iterator[Block]:
+    """A file as GPT-NeoX read it. Its quirks: lines of a .gz keep their newline, a .txt has universal newlines."""
+
+    def member(content: Lookahead, where: str, _: str | None) -> Iterator[Block]:
+        if name.endswith(".jsonl.zst.tar"):
+            yield from line_blocks(decompressed(content, where), where, "json", limits)
+        else:
+            yield Block(where, "text", "document", 1, [read_document(content, where, limits)], [where])
+
+    inner = decompressed(stream, name, long_window=limits.long_window)
+    if form == "jsonl":
+        yield from line_blocks(inner, name, "json", limits)
+    elif form == "lines":
+        yield from line_blocks(inner, name, "text", limits, keep_ends=True)
+    elif form == "text":
+        text = read_document(inner, name, limits).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield Block(name, "text", "document", 1, [text], [name])
+    elif form == "dat":
+        yield from dat_blocks(inner, name, limits)
+    elif form == "json":
+        yield from json_array_blocks(inner, name, limits)
+    elif form == "zip":
+        yield from zip_blocks(path, name, limits, member)
+    else:
+        yield from tar_blocks(inner, name, member)
+
+
+def _check_member(member: str, where: str, *, plain: bool) -> None:
+    if not plain:
+        raise UnsafeInput(f"{where}: a link or device in an archive is refused; remove it from the archive")
+    parts = member.replace("\\", "/").split("/")
+    if member.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", member):
+        raise UnsafeInput(f"{where}: this path leads out of the archive; refused")
+
+
+class _LastBlock(io.RawIOBase):
+    """A stream for tarfile that remembers the last block it gave."""
+
+    def __init__(self, stream: Lookahead):
+        self._stream = stream
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        if data:
+            self.last = data[-tarfile.BLOCKSIZE :]
+        return data

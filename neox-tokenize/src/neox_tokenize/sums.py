@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checking inputs against a list of sha256 sums while they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from libneox.errors import DataError, InputMissing, IntegrityError, UsageError
+
+
+class Hashed:
+    """A file that hashes what is read of it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        data = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def finish(self) -> str:
+        """Read what is left, and return the hex sha256 of it all."""
+        while self.read(1 << 20):
+            pass
+        return self._hash.hexdigest()
+
+
+class Sums:
+    """A list as `sha256sum` writes it: a hash and a name a line; names count from the list's own folder.
+
+    Raises:
+        InputMissing, DataError: there is no such list, or it is none.
+    """
+
+    def __init__(self, file: str):
+        self._file = file
+        try:
+            lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        except OSError as error:
+            raise InputMissing(f"{file}: {error.strerror}") from error
+        self._sums: Mapping[Path, str] = dict(self._entry(number, line) for number, line in enumerate(lines, 1))
+
+    def _entry(self, number: int, line: str) -> tuple[Path, str]:
+        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if found is None:
+            raise DataError(f"{self._file}:{number}: not a line of sha256sum's")
+        return (Path(self._file).parent / found[2]).resolve(), found[1].lower()
+
+    def check(self, path: str, read: Hashed) -> None:
+        """Raise IntegrityError if a file is not what the list says, and UsageError if the list does not name it."""
+        expected = self._sums.get(Path(path).resolve())
+        if expected is None:
+            raise UsageError(f"{path}: not in {self._file}, so it cannot be verified; leave it or --verify-hash out")
+        actual = read.finish()
+        if actual != expected:
+            raise IntegrityError(f"{path}: sha256 is {actual[:12]}..., not {expected[:12]}... as {self._file} says")

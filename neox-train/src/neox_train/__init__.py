@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrain GPT-NeoX style language models from NeoX YAML files."""

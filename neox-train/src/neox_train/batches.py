@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples a step is made of, and their tensors. A pure function of the step: nothing is consumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from libneox.config import BatchPlan, NeoxConfig
+from libneox.data.splits import SampleSet
+from libneox.errors import DataError
+from libneox.model.documents import document_numbers, restarted_positions
+from libneox.model.loss import IGNORE
+from neox_train.objective import MicroBatch
+
+
+def sample_numbers(plan: BatchPlan, first: int, micro_step: int, data_rank: int) -> range:
+    """Positions in the sample order that a rank computes in one micro-step of a step that begins at sample `first`.
+
+    As in GPT-NeoX a micro-step takes micro_batch * data_parallel consecutive samples and each rank a contiguous slice
+    of them, so the set of samples of a step depends on the global batch alone.
+    """
+    start = first + (micro_step * plan.data_parallel + data_rank) * plan.micro_batch
+    return range(start, start + plan.micro_batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Micro-batches of one rank, from one sample set.
+
+    Attributes:
+        vocab_size: ids must be below it.
+        eod_id: end-of-document, where loss or attention depends on documents.
+    """
+
+    samples: SampleSet
+    plan: BatchPlan
+    data_rank: int
+    device: torch.device
+    vocab_size: int
+    eod_id: int | None
+    eod_mask_loss: bool
+    document_mask: bool
+    reset_position_ids: bool
+
+    def step(self, first: int) -> Iterator[MicroBatch]:
+        """The micro-batches of the step that begins at sample `first`."""
+        for micro_step in range(self.plan.grad_accum):
+            yield self.make(sample_numbers(self.plan, first, micro_step, self.data_rank))
+
+    def make(self, numbers: range) -> MicroBatch:
+        """Tensors of some samples.
+
+        Raises:
+            DataError: an id that the tokenizer does not have.
+        """
+        sample = self.samples.read(np.arange(numbers.start, numbers.stop) % len(self.samples))
+        tokens, labels = sample.tokens, sample.labels
+        self._check(tokens, numbers)
+        ids = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
+        wanted = tokens[:, 1:] if labels is None else np.where(labels[:, 1:] < 0, IGNORE, labels[:, 1:])
+        targets = torch.from_numpy(np.ascontiguousarray(wanted))
+        mask = (ids != self.eod_id).float() if self.eod_mask_loss else None
+        documents = positions = None
+        if self.document_mask or self.reset_position_ids:
+            numbered = document_numbers(ids, self.eod_id)
+            documents = numbered if self.document_mask else None
+            positions = restarted_positions(numbered) if self.reset_position_ids else None
+        tensors = (ids, targets, mask, documents, positions)
+        return MicroBatch(*(t if t is None else t.to(self.device, non_blocking=True) for t in tensors))
+
+    def _check(self, tokens: np.ndarray[Any, Any], numbers: range) -> None:
+        largest = int(tokens.max())
+        if largest >= self.vocab_size or int(tokens.min()) < 0:
+            row = int(np.argmax((tokens >= self.vocab_size).any(1) | (tokens < 0).any(1)))
+            raise DataError(
+                f"sample {numbers[row]}: token id {largest}, the vocabulary ends at {self.vocab_size - 1}; "
+                "the data was made with another tokenizer"
+            )
+
+
+def batches_of(
+    config: NeoxConfig,
+    samples: SampleSet,
+    plan: BatchPlan,
+    *,
+    data_rank: int,
+    device: torch.device,
+    vocab_size: int,
+    eod_id: int | None,
+) -> Batches:
+    """The batches of a configuration over one of its sample sets."""
+    data = config.data
+    return Batches(
+        samples,
+        plan,
+        data_rank,
+        device,
+        vocab_size,
+        eod_id,
+        data.eod_mask_loss,
+        data.document_mask,
+        data.reset_position_ids,
+    )

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: step, evaluate, save, until the run is done or somebody asks it to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from libneox import run_directory
+from libneox.config import NeoxConfig
+from libneox.errors import NonFiniteLoss, StoppedEarly
+from libneox.parallel.group import Group
+from libneox.schedule import Schedule
+from neox_train.batches import Batches
+from neox_train.report import Report
+from neox_train.saving import Saver
+from neox_train.signals import StopRequest
+from neox_train.state import TrainState
+from neox_train.steps import Engine
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a loop works with."""
+
+    config: NeoxConfig
+    group: Group
+    engine: Engine
+    state: TrainState
+    schedule: Schedule
+    train_iters: int
+    seq_length: int
+    train: Batches
+    valid: Batches | None
+    test: Batches | None
+    saver: Saver
+    report: Report
+    stop: StopRequest
+    saved: Callable[[int], None]  # told the step of each committed checkpoint
+    mark: Callable[[int], None]  # told the step under way, each time this rank got somewhere
+
+
+def train(run: Run) -> dict[str, float]:
+    """Train to the last step; returns the figures of the closing evaluations.
+
+    Raises:
+        StoppedEarly: a signal, or `exit_interval`; the state is saved.
+        NonFiniteLoss: loss or gradient is not a number; what was saved before stays the newest.
+    """
+    state, keys = run.state, run.config.train
+    if state.step == 0 and 0 in (keys.extra_save_iters or ()):
+        save(run)
+    while state.step < run.train_iters:
+        stopping = one_step(run)
+        reason = stopping or ("exit_interval" if keys.exit_interval and state.step % keys.exit_interval == 0 else "")
+        if state.step < run.train_iters and (reason or is_due(keys, state.step)):
+            save(run)
+        if reason and state.step < run.train_iters:
+            raise StoppedEarly(f"stopped by {reason} after step {state.step}, state saved; run the same command again")
+    if run.train_iters > 0:
+        save(run)
+    return finish(run)
+
+
+def one_step(run: Run) -> str:
+    """Do one optimiser step and report it; returns the name of the signal if any rank was asked to stop."""
+    state, engine, plan = run.state, run.engine, run.train.plan
+    started = time.perf_counter()
+    lr = run.schedule.lr_at(state.updates)
+    torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank))
+    losses = []
+    for batch in run.train.step(state.samples):
+        run.mark(state.step + 1)
+        losses.append(engine.backward(batch))
+    run.mark(state.step + 1)
+    mean = torch.stack(losses).mean().item()
+    total, stop = run.group.sum([mean, float(bool(run.stop))], engine.device)
+    loss = total / run.group.world_size
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(blame(run, loss, mean))
+    outcome = engine.step(lr)
+    scaler = engine.scalars().get("loss_scaler") if outcome.skipped else None
+    if outcome.skipped and scaler is None:
+        raise NonFiniteLoss(
+            f"step {state.step + 1}: the gradient is not finite (loss {loss:.4f}); lower the learning rate"
+        )
+    first = state.samples
+    state.step += 1
+    state.samples += plan.global_batch
+    state.tokens += plan.global_batch * run.seq_length
+    state.updates += not outcome.skipped
+    record = {"step": state.step, "samples": state.samples, "tokens": state.tokens, "loss": loss, "lr": lr}
+    record["grad_norm"] = outcome.grad_norm if math.isfinite(outcome.grad_norm) else None
+    if scaler is not None:
+        record |= {"skipped": True, "loss_scale": scaler["cur_scale"]}
+    seconds = time.perf_counter() - started
+    if not stop and run.valid is not None and state.step % run.config.train.eval_interval == 0:
+        number = state.step // run.config.train.eval_interval - 1
+        record |= evaluation(run, run.valid, "valid", number)
+    run.report.step(record, seconds, (state.samples - first) * run.seq_length)
+    return (run.stop.name or "a signal to another rank") if stop else ""
+
+
+def blame(run: Run, loss: float, own: float) -> str:
+    """Say whose loss it was, and on which samples."""
+    ranks = [rank for rank, value in enumerate(run.group.gather(own)) if value is None or not math.isfinite(value)]
+    first = run.state.samples
+    return (
+        f"step {run.state.step + 1}: the loss is {loss} (rank {', '.join(map(str, ranks))}, samples {first} to "
+        f"{first + run.train.plan.global_batch - 1}); nothing of this step is saved, lower the learning rate"
+    )
+
+
+def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, float]:
+    """Mean loss over `eval_iters` global batches: those of the `number`th evaluation, so that all see other samples."""
+    rounds = run.config.train.eval_iters
+    if rounds == 0:
+        return {}
+    run.engine.train(False)
+    losses = []
+    for index in range(number * rounds, (number + 1) * rounds):
+        run.mark(run.state.step)
+        losses += [run.engine.evaluate(batch) for batch in batches.step(index * batches.plan.global_batch)]
+    run.engine.train(True)
+    (total,) = run.group.sum([torch.stack(losses).mean().item()], run.engine.device)
+    loss = total / run.group.world_size
+    run.report.note(f"step {run.state.step}: {name} loss {loss:.4f}, perplexity {safe_exp(loss):.4g}")
+    return {f"{name}_loss": loss, f"{name}_ppl": safe_exp(loss)}
+
+
+def safe_exp(value: float) -> float:
+    """exp, infinite rather than an error where it is too large."""
+    return math.exp(value) if value < 700 else math.inf
+
+
+def is_due(keys: object, step: int) -> bool:
+    """Whether `checkpoint_factor`, `checkpoint_scale` or `extra_save_iters` ask for a checkpoint after this step."""
+    factor = getattr(keys, "checkpoint_factor", None)
+    if step in (getattr(keys, "extra_save_iters", None) or ()):
+        return True
+    if not factor or step == 0:
+        return False
+    if getattr(keys, "checkpoint_scale", "linear") == "linear":
+        return step % int(factor) == 0
+    power = round(math.log(step) / math.log(factor))
+    return any(int(factor**k) == step for k in range(max(0, power - 1), power + 2))
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint, say so on stdout, delete what `keep_last_n_checkpoints` no longer covers."""
+    run.mark(run.state.step)
+    path = run.saver.save(run.state)
+    run.mark(run.state.step)
+    keep = run.config.train.keep_last_n_checkpoints
+    if run.group.is_first:
+        run.saved(run.state.step)
+        run.report.checkpoint(path)
+        if keep:
+            run_directory.prune(path.parent, keep, protect=run.config.train.extra_save_iters or ())
+
+
+def finish(run: Run) -> dict[str, float]:
+    """The evaluations after the last step: the figures, by name."""
+    results: dict[str, float] = {}
+    if run.valid is not None:
+        results |= evaluation(run, run.valid, "valid", run.train_iters // run.config.train.eval_interval)
+    if run.test is not None:
+        results |= evaluation(run, run.test, "test", 0)
+    return results

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a micro-batch to one number: the model and its loss as a single module, which is what an engine runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from libneox.config import NeoxConfig
+from libneox.model import Transformer
+from libneox.model.loss import linear_cross_entropy
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes at once. B samples of T positions.
+
+    Attributes:
+        ids: int64 [B, T], inputs.
+        targets: int64 [B, T], what is predicted at each position.
+        mask: float32 [B, T], weight of each position in the loss; None is all ones.
+        documents: int64 [B, T], number of the document a position is in; None: attention is not bounded by documents.
+        positions: int64 [B, T]; None is 0..T-1.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+    positions: Tensor | None = None
+
+
+class LanguageModeling(nn.Module):
+    """Mean next-token loss of a micro-batch: sum(ce * mask) / sum(mask), in float32.
+
+    A micro-batch whose mask is empty has loss 0 (the original divides 0 by 0).
+    """
+
+    def __init__(self, model: Transformer, *, z_loss: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.z_loss = z_loss
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The fields of a MicroBatch, one by one (engines look into the arguments) -> float32 scalar."""
+        hidden_BTD = self.model.hidden(ids, positions_BT=positions, documents_BT=documents)
+        z_loss = self.z_loss if self.training else 0.0
+        return linear_cross_entropy(hidden_BTD, self.model.head_weight, targets, mask, z_loss=z_loss)
+
+
+def build_objective(config: NeoxConfig, model: Transformer) -> LanguageModeling:
+    """The configured objective over a model, with recomputation of activations where the config asks for it."""
+    if config.recompute.checkpoint_activations:
+        recompute_blocks(model, config.recompute.checkpoint_num_layers)
+    return LanguageModeling(model, z_loss=config.optim.z_loss)
+
+
+def recompute_blocks(model: Transformer, every: int) -> None:
+    """Keep only the input of each `every` blocks and run them again in the backward pass. Changes no number."""
+    layers = list(model.layers)
+    for first in range(0, len(layers), every):
+        run = [layer.forward for layer in layers[first : first + every]]
+
+        def chunk(x_BTD: Tensor, context: object, cache: object = None, run: list = run) -> Tensor:  # type: ignore[type-arg]
+            for forward in run:
+                x_BTD = forward(x_BTD, context, cache)
+            return x_BTD
+
+        def passed(x_BTD: Tensor, context: object, cache: object = None) -> Tensor:
+            return x_BTD
+
+        checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, chunk, use_reentrant=False)
+        layers[first].forward = checkpointed  # type: ignore[method-assign]
+        for layer in layers[first + 1 : first + every]:
+            layer.forward = passed  # type: ignore[method-assign]

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine without partitioning: whole weights, gradients and optimiser states on every rank.
+
+It runs what ZeRO cannot (optimisers that look at the shape of a matrix) and is the reference the other engine is
+tested against. Low precision keeps float32 masters, as ZeRO does. Gradients are averaged over ranks in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from libneox.errors import UsageError
+from neox_train.objective import LanguageModeling, MicroBatch
+from neox_train.optimizers import set_lr
+from neox_train.steps import Outcome
+
+
+class PlainEngine:
+    """See `neox_train.steps.Engine`."""
+
+    def __init__(
+        self,
+        objective: LanguageModeling,
+        build_optimizer: Any,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        grad_accum: int,
+        clipping: float,
+        world_size: int,
+    ):
+        if dtype == torch.float16:
+            raise UsageError("precision: fp16 with this optimizer has no loss scaling; set precision to bfloat16")
+        self.objective = objective.to(device)
+        self.device, self._accumulate, self._clipping, self._world = device, grad_accum, clipping, world_size
+        masters = {name: p.detach().float().clone() for name, p in objective.model.named_parameters()}
+        self._same = dtype == torch.float32
+        objective.to(dtype)
+        self._weights = dict(objective.model.named_parameters())
+        self._masters = self._weights if self._same else {n: nn.Parameter(t.to(device)) for n, t in masters.items()}
+        self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
+
+    def train(self, on: bool) -> None:
+        """Switch dropout on or off."""
+        self.objective.train(on)
+
+    def backward(self, batch: MicroBatch) -> Tensor:
+        """Add a micro-batch's gradient, divided by the number of micro-batches; returns its loss."""
+        loss = self.objective(*batch)
+        (loss / self._accumulate).backward()
+        return loss.detach()
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Loss of a micro-batch without gradients."""
+        with torch.no_grad():
+            return self.objective(*batch)
+
+    def step(self, lr: float) -> Outcome:
+        """Reduce, clip, update."""
+        set_lr(self._optimizer, lr)
+        gradients = self._gradients()
+        if self._world > 1:
+            for gradient in gradients.values():
+                dist.all_reduce(gradient)
+                gradient /= self._world
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        norm = torch.linalg.vector_norm(norms)
+        if not bool(torch.isfinite(norm)):
+            self._clear()
+            return Outcome(float(norm), skipped=True)
+        if self._clipping > 0:
+            # the same coefficient as torch's clip_grad_norm_ and DeepSpeed's
+            torch._foreach_mul_(list(gradients.values()), (self._clipping / (norm + 1e-6)).clamp(max=1.0))
+        for name, gradient in gradients.items():
+            self._masters[name].grad = gradient
+        self._optimizer.step()
+        if not self._same:
+            with torch.no_grad():
+                for name, weight in self._weights.items():
+                    weight.copy_(self._masters[name])
+        self._clear()
+        return Outcome(float(norm), skipped=False)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.float() for n, p in self._weights.items()}
+
+    def _clear(self) -> None:
+        for parameters in (self._weights, self._masters):
+            for parameter in parameters.values():
+                parameter.grad = None
+
+    def names(self) -> list[str]:
+        """Logical parameters in the model's order."""
+        return list(self._weights)
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter in the compute dtype."""
+        return self._weights[name].detach()
+
+    def master(self, name: str) -> Tensor:
+        """A parameter in float32."""
+        return self._masters[name].detach()
+
+    def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(state, parameter, shape) of every state tensor of the optimiser."""
+        for name, parameter in self._masters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    yield key, name, tuple(value.shape)
+
+    def state(self, key: str, name: str) -> Tensor:
+        """One of them."""
+        return self._optimizer.state[self._masters[name]][key]
+
+    def scalars(self) -> dict[str, Any]:
+        """What else a checkpoint must hold."""
+        steps = [state["step"] for state in self._optimizer.state.values() if "step" in state]
+        return {"step": int(max(steps))} if steps else {}
+
+    def restore_master(self, name: str, value: Tensor) -> None:
+        """Set a parameter, master and working copy."""
+        with torch.no_grad():
+            self._masters[name].copy_(value)
+            self._weights[name].copy_(value)
+
+    def restore_state(self, key: str, name: str, value: Tensor) -> None:
+        """Set one state tensor."""
+        self._optimizer.state[self._masters[name]][key] = value.to(self.device, copy=True)
+
+    def restore_scalars(self, scalars: dict[str, Any]) -> None:
+        """Set what `scalars` gave; after the state tensors."""
+        if "step" in scalars:
+            for state in self._optimizer.state.values():
+                state["step"] = torch.tensor(float(scalars["step"]), device=self.device)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run begins: afresh, from a step of its own, or from somebody else's checkpoint. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from libneox import run_directory
+from libneox.config import NeoxConfig, load_config
+from libneox.errors import InputMissing, UsageError
+from libneox.model_config import ModelConfig
+from libneox.run_directory import CheckpointRef, Warn
+
+DEFAULT_RUN = "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The first state of a run.
+
+    Attributes:
+        source: checkpoint to read; None: new weights.
+        own: it is a step of this very run, which goes on.
+        note: what the user should be told.
+    """
+
+    source: CheckpointRef | None
+    own: bool
+    note: str
+
+
+def run_path(config: NeoxConfig) -> Path:
+    """The run directory: `save`, or ./run."""
+    return Path(config.train.save or DEFAULT_RUN)
+
+
+def find_start(config: NeoxConfig, *, warn: Warn) -> Start:
+    """Decide where to begin; the checkpoint found is verified.
+
+    The run's own steps win: the same command, run again, continues. `load` is for the first time, unless it names the
+    run directory itself, which may then be absent or empty. `iteration` names a step.
+
+    Raises:
+        InputMissing: `load` is not there.
+        IntegrityError: the step named, or every step of the run, is damaged.
+    """
+    run, keys = run_path(config), config.train
+    load = Path(keys.load) if keys.load else None
+    same = load is not None and load.resolve() == run.resolve()
+    if keys.iteration is not None:
+        source = _named(load if load is not None else run, keys.iteration)
+        own = load is None or same
+        if own or not run_directory.list_steps(run):
+            return Start(source, own and not keys.finetune, f"starting from {source.path}")
+    own_step = run_directory.newest_verified(run, warn=warn)
+    if own_step is not None:
+        return Start(own_step, True, f"continuing {run} after step {own_step.step}")
+    if load is not None and not same:
+        try:
+            source = run_directory.resolve_checkpoint(load, warn=warn)
+        except InputMissing as error:
+            if any(load.glob("global_step*")):
+                message = f"{load}: a GPT-NeoX checkpoint; import it: neox-convert from-neox {load} RUN"
+                raise InputMissing(message) from error
+            raise
+        return Start(source, False, f"starting from {source.path}")
+    return Start(None, False, f"{run}: no checkpoint there yet, starting afresh")
+
+
+def _named(place: Path, step: int) -> CheckpointRef:
+    path = run_directory.step_path(place, step)
+    if not path.is_dir():
+        known = ", ".join(map(str, run_directory.list_steps(place)[-8:])) or "none"
+        raise InputMissing(f"{path}: no such checkpoint (iteration: {step}); steps there: {known}")
+    return run_directory.resolve_checkpoint(path)
+
+
+def stored_config(ref: CheckpointRef) -> NeoxConfig:
+    """The configuration a step was made with."""
+    return load_config([ref.path / run_directory.CONFIG])
+
+
+# What may differ between the checkpoint and the configuration without changing what its tensors mean.
+_FREE = (
+    "vocab_size", "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method",
+    "output_layer_init_method", "init_method_std", "attention_softmax_in_fp32", "rope_scaling", "rotary_base",
+    "sliding_window", "apply_query_key_layer_scaling", "mup_init_scale",
+)  # fmt: skip
+
+
+def check_same_model(ours: ModelConfig, stored: ModelConfig, source: Path) -> None:
+    """Raise UsageError, naming every difference, unless the checkpoint's tensors fit the configured model."""
+    differences = [
+        f"{field.name} is {getattr(ours, field.name)}, the checkpoint has {getattr(stored, field.name)}"
+        for field in dataclasses.fields(ours)
+        if field.name not in _FREE and getattr(ours, field.name) != getattr(stored, field.name)
+    ]
+    if ours.pos_emb == "learned" and ours.max_position_embeddings != stored.max_position_embeddings:
+        differences.append(
+            f"max_position_embeddings is {ours.max_position_embeddings}, the checkpoint has "
+            f"{stored.max_position_embeddings}"
+        )
+    if differences:
+        raise UsageError(f"{source}: another model: {'; '.join(differences)}; use its configuration or another `save`")

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from neox_train.objective import LanguageModeling, MicroBatch
+
+
+class Outcome(NamedTuple):
+    """How one optimiser step went.
+
+    Attributes:
+        grad_norm: global L2 norm of the gradient before clipping.
+        skipped: whether the weights were left as they were (the gradient was not finite).
+    """
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model in training, however it is spread over ranks. All tensors it gives and takes are whole and logical.
+
+    `weight`, `master` and `state` are collectives: every rank calls them in the same order.
+    """
+
+    objective: LanguageModeling
+    device: torch.device
+
+    def train(self, on: bool) -> None:
+        """Switch dropout on or off."""
+
+    def backward(self, batch: MicroBatch) -> Tensor:
+        """Add a micro-batch's gradient; returns its loss (float32 scalar)."""
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Loss of a micro-batch without gradients."""
+
+    def step(self, lr: float) -> Outcome:
+        """Average the gradients over micro-batches and ranks, clip, update."""
+
+    def names(self) -> list[str]:
+        """Logical parameters in the model's order."""
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter in the compute dtype."""
+
+    def master(self, name: str) -> Tensor:
+        """A parameter in float32."""
+
+    def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(state, parameter, shape) of every state tensor the optimiser has by now; all are float32."""
+
+    def state(self, key: str, name: str) -> Tensor:
+        """One of them."""
+
+    def scalars(self) -> dict[str, Any]:
+        """What else of the optimiser a checkpoint must hold: Adam's step, the loss scaler."""
+
+    def restore_master(self, name: str, value: Tensor) -> None:
+        """Set a parameter in float32 and in the compute dtype."""
+
+    def restore_state(self, key: str, name: str, value: Tensor) -> None:
+        """Set one state tensor."""
+
+    def restore_scalars(self, scalars: dict[str, Any]) -> None:
+        """Set what `scalars` gave; after the state tensors."""
+
+    def close(self) -> None:
+        """Let go of everything."""

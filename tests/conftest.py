@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: the golden folder, and running a command as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+# One thread a process: the tests themselves run side by side, and many start several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes started by tests find the sources that a runner such as Pants put on this one's path.
+os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry.endswith("src"))
+
+RunCommand = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of numbers made by running the original; a clone of this project does not have it."""
+    folder = os.environ.get("NEOX_GOLDEN")
+    if not folder:
+        pytest.skip("NEOX_GOLDEN is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def run_command(tmp_path_factory: pytest.TempPathFactory) -> RunCommand:
+    """Run `neox-x ARGS` in a process of its own and return its exit code, stdout and stderr."""
+    extensions = tmp_path_factory.mktemp("torch-extensions")
+
+    def run(
+        args: Sequence[str | os.PathLike[str]],
+        *,
+        input: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[bytes]:
+        module = os.fspath(args[0]).replace("-", "_")
+        return subprocess.run(
+            [sys.executable, "-m", module, *args[1:]],
+            input=input,
+            capture_output=True,
+            env={**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

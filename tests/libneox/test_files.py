@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files appear whole or not at all; what cannot be written is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from libneox import files
+from libneox.errors import InputMissing, OutputExists
+
+
+def test_atomic_write_commits_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with files.atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+    with files.atomic_write(path) as file:
+        file.write(b"two")
+    assert path.read_bytes() == b"two"
+    assert [found.name for found in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), files.atomic_write(path) as file:
+        file.write("text where bytes are due")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert [found.name for found in tmp_path.iterdir()] == ["a"]
+
+
+def test_names_at_the_length_limit(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    with files.atomic_write(path) as file:
+        file.write(b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_check_output(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert files.check_output(path) == path
+    path.touch()
+    with pytest.raises(OutputExists, match="--force"):
+        files.check_output(path)
+    assert files.check_output(path, force=True) == path
+    with pytest.raises(OutputExists, match="no such directory"):
+        files.check_output(tmp_path / "missing" / "a")
+    with pytest.raises(OutputExists, match="no such directory"):
+        files.check_output(path / "b")
+    with pytest.raises(OutputExists, match="is a directory"):
+        files.check_output(tmp_path, force=True)
+
+
+def test_open_input(tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="No such file"):
+        files.open_input(tmp_path / "missing")
+    with pytest.raises(InputMissing, match="directory"):
+        files.open_input(tmp_path)
+    (tmp_path / "a").write_bytes(b"x")
+    with files.open_input(tmp_path / "a") as file:
+        assert file.read() == b"x"
+
+
+def test_sha256_of_a_known_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert files.sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1536, "1.5 KB"), (2_000_000, "2.0 MB"), (3.21e12, "3.21 TB")]
+)
+def test_human_bytes(count: float, text: str) -> None:
+    assert files.human_bytes(count) == text

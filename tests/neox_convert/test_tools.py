@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""inspect, diff, cast, reshard, average, upload, and the files of an export."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from libneox import load_model
+from libneox.checkpoint.hf import open_hf
+from libneox.checkpoint.store import open_tensors, read_trainer, write_checkpoint
+from libneox.errors import DataError, IntegrityError, StorageError, UsageError
+from libneox.tokenizer import load_tokenizer
+from neox_convert import convert, look, rewrite, upload
+from neox_convert.convert import Options
+from neox_convert.source import Where, find_source
+
+QUIET = Options(verify=False, quiet=True)
+
+
+def inspected(path: Path, **options: Any) -> dict[str, Any]:
+    out = io.BytesIO()
+    look.inspect(str(path), hashes=options.get("hashes", False), as_json=True, stdout=out)
+    return json.loads(out.getvalue())
+
+
+def test_inspect_says_the_same_of_every_format(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    run = make_run(tmp_path / "run", small_config())
+    convert.to_hf(str(run), str(tmp_path / "hf"), arch="auto", trim_vocab=False, options=QUIET)
+    convert.to_neox(str(run), str(tmp_path / "neox"), tensor_parallel=2, layout="pipeline", options=QUIET)
+    found = {name: inspected(tmp_path / name, hashes=True) for name in ("run", "hf", "neox")}
+    assert [found[name]["kind"] for name in found] == ["native", "hf", "neox"]
+    assert found["run"]["entries"] == found["hf"]["entries"] == found["neox"]["entries"]
+    assert all(len(row["sha256"]) == 64 for row in found["run"]["entries"])
+    assert found["run"]["parameters"] == sum(t.numel() for t in load_model(run).parameters())
+    assert found["run"]["config"] == found["hf"]["config"]
+
+
+def test_inspect_as_text_and_of_one_file(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    run = make_run(tmp_path / "run", small_config())
+    out = io.BytesIO()
+    look.inspect(str(run), hashes=False, as_json=False, stdout=out)
+    lines = out.getvalue().decode().splitlines()
+    assert lines[0].startswith(f"{run}: a checkpoint of neox-train, ")
+    assert any(line.split()[:3] == ["layers.0.attn.qkv.weight", "float32", "96x32"] for line in lines)
+    single = inspected(run / "step_3" / "model-00001-of-00001.safetensors")
+    assert single["tensors"] == len(lines) - 1
+    torch.save({"a": {"b": [torch.ones(2)]}}, tmp_path / "x.pt")
+    assert [row["name"] for row in inspected(tmp_path / "x.pt")["entries"]] == ["a/b/0"]
+
+
+def test_diff(tmp_path: Path, make_run: Any, make_hf: Any, small_config: Any, run_command: Any) -> None:
+    config = small_config()
+    run, hf = make_run(tmp_path / "run", config), make_hf(tmp_path / "hf", config)
+    out = io.BytesIO()
+    look.diff(str(run), str(hf), as_json=False, stdout=out)
+    assert out.getvalue() == b"28 tensors equal, 0 differ\n"
+    tensors = load_file(hf / "model.safetensors")
+    tensors["embed_out.weight"][3, 4] += 0.5
+    from safetensors.torch import save_file
+
+    save_file(tensors, hf / "model.safetensors")
+    done = run_command(["neox-convert", "diff", run, hf, "--json"])
+    assert done.returncode == 81
+    found = json.loads(done.stdout)
+    assert found["equal"] == 27
+    assert [(change["name"], round(change["max_abs_diff"], 6)) for change in found["changes"]] == [("head.weight", 0.5)]
+    with pytest.raises(IntegrityError):
+        look.diff(str(run), str(make_run(tmp_path / "other", small_config(num_layers=1))), as_json=False, stdout=out)
+    assert b"layers.1.attn_norm.weight: only in the first" in out.getvalue()
+
+
+def test_cast_a_run_keeps_its_training_state(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    run = make_run(tmp_path / "plain", small_config())
+    model = {name: open_tensors(run / "step_3")[name] for name in open_tensors(run / "step_3")}
+    yaml = (run / "step_3/config.yml").read_text()
+    states = {f"master/{name}": tensor for name, tensor in model.items()}
+    trainer = {"step": 3, "samples": 12, "tokens": 768, "epochs": {}, "optimizer": {"type": "adam", "step": 3}}
+    write_checkpoint(
+        tmp_path / "run/step_3", model, config_yaml=yaml, trainer=trainer, optimizer_tensors=states, step=3, samples=12
+    )
+    options = Options(dtype="bf16", quiet=True)
+    rewrite.rewrite(str(tmp_path / "run"), str(tmp_path / "cast"), options=options)
+    after = open_tensors(tmp_path / "cast/step_3")
+    assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in model.items())
+    optimizer = open_tensors(tmp_path / "cast/step_3", "optimizer")
+    assert all(torch.equal(optimizer[name], tensor) for name, tensor in states.items())
+    assert read_trainer(tmp_path / "cast/step_3") == trainer
+    assert (tmp_path / "cast/step_3/config.yml").read_text() == yaml
+
+
+def test_cast_and_reshard_a_hugging_face_directory(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    hf = make_hf(tmp_path / "hf", small_config())
+    (hf / "modeling_x.py").write_text("raise SystemExit")
+    before = load_file(hf / "model.safetensors")
+    rewrite.rewrite(str(hf), str(tmp_path / "half"), options=Options(dtype="float16", shard_size="100KB", quiet=True))
+    index = json.loads((tmp_path / "half/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 1
+    after = {name: t for file in files for name, t in load_file(tmp_path / "half" / file).items()}
+    assert set(after) == set(index["weight_map"]) == set(before)
+    assert all(torch.equal(after[name], tensor.half()) for name, tensor in before.items())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "float16"
+    assert (tmp_path / "half/tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "half/modeling_x.py").exists()
+
+
+def test_average(tmp_path: Path, make_run: Any, small_config: Any, run_command: Any) -> None:
+    first = make_run(tmp_path / "a", small_config(), step=2)
+    second = make_run(tmp_path / "b", small_config(), step=4)
+    tensors = open_tensors(second / "step_4")
+    doubled = {name: 3 * tensors[name] for name in tensors}
+    yaml = (second / "step_4/config.yml").read_text()
+    write_checkpoint(tmp_path / "c/step_4", doubled, config_yaml=yaml, step=4)
+    done = run_command(["neox-convert", "average", first, tmp_path / "c", tmp_path / "mean", "-q"])
+    assert done.returncode == 0, done.stderr
+    mean = open_tensors(tmp_path / "mean/step_4")
+    for name in tensors:
+        torch.testing.assert_close(mean[name], 2 * tensors[name])
+    rewrite.average([str(first), str(tmp_path / "c")], str(tmp_path / "w"), weights=(3, 1), step=9, options=QUIET)
+    weighted = open_tensors(tmp_path / "w/step_9")
+    for name in tensors:
+        torch.testing.assert_close(weighted[name], 1.5 * tensors[name])
+    other = make_run(tmp_path / "other", small_config(num_layers=1))
+    with pytest.raises(DataError):
+        rewrite.average([str(first), str(other)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
+    with pytest.raises(UsageError):
+        rewrite.average([str(first)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
+
+
+def test_export_files(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    """File modes, shards with an index, token ids in every file, both generations of rotary keys, trimmed padding."""
+    run = make_run(tmp_path / "run", small_config(activation="gelu_tanh"))
+    options = Options(verify=False, quiet=True, shard_size="60KB")
+    convert.to_hf(str(run), str(tmp_path / "hf"), arch="auto", trim_vocab=True, options=options)
+    hf = tmp_path / "hf"
+    (tmp_path / "mode").touch()
+    usual = stat.S_IMODE((tmp_path / "mode").stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in hf.iterdir()} == {usual}
+    index = json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "embed_out.weight" in index
+    assert all((hf / name).is_file() for name in index.values())
+    config = json.loads((hf / "config.json").read_text())
+    assert config["vocab_size"] == 258
+    assert config["rotary_pct"] == config["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert config["rotary_emb_base"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert (config["bos_token_id"], config["eos_token_id"], config["hidden_act"]) == (0, 0, "gelu_fast")
+    generation = json.loads((hf / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (0, 1)
+    tokenizer = json.loads((hf / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["eos_token"] == "<|endoftext|>"
+    ids = torch.arange(40).reshape(1, 40)
+    with torch.inference_mode():
+        whole, trimmed = load_model(run)(ids), load_model(hf)(ids)
+    assert trimmed.shape[-1] == 258
+    torch.testing.assert_close(trimmed, whole[..., :258], rtol=0, atol=1e-5)
+
+
+def test_auto_tokenizer_gives_identical_ids(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    from transformers import AutoTokenizer
+
+    run = make_run(tmp_path / "run", small_config())
+    convert.to_hf(str(run), str(tmp_path / "hf"), arch="auto", trim_vocab=False, options=QUIET)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer("bytes")
+    for text in ("plain", " \u00e9\u0301 \U0001f600\n\t", "cafe\u0301", "x<|endoftext|>y"):
+        assert theirs(text)["input_ids"] == ours.encode(text, allow_special=True)
+
+
+def test_inexact_families_are_refused_with_the_reason(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    run = make_run(tmp_path / "run", small_config())
+    with pytest.raises(UsageError, match="LlamaForCausalLM cannot represent this model: norm is layernorm"):
+        convert.to_hf(str(run), str(tmp_path / "hf"), arch="llama", trim_vocab=False, options=QUIET)
+    with pytest.raises(UsageError, match="unknown"):
+        convert.to_hf(str(run), str(tmp_path / "hf"), arch="bert", trim_vocab=False, options=QUIET)
+
+
+def test_another_tokenizer_is_exported_and_checked(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    """--tokenizer replaces the one of the run, in the files and in the comparison of ids with AutoTokenizer."""
+    run = make_run(tmp_path / "run", small_config())
+    tokenizer = json.loads(load_tokenizer("bytes").data)
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "lower.json").write_text(json.dumps(tokenizer))
+    options = Options(quiet=True, tokenizer=str(tmp_path / "lower.json"))
+    report = convert.to_hf(str(run), str(tmp_path / "hf"), arch="auto", trim_vocab=False, options=options)
+    assert report.verified.startswith("verified: logits of ours and of transformers")
+    assert (tmp_path / "hf/tokenizer.json").read_bytes() == (tmp_path / "lower.json").read_bytes()
+
+
+def test_pickled_weights_of_a_hugging_face_directory(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    """pytorch_model.bin is read without executing it, to the same tensors."""
+    hf = make_hf(tmp_path / "hf", small_config())
+    before = {name: tensor.clone() for name, tensor in open_hf(hf).items()}
+    torch.save(load_file(hf / "model.safetensors"), hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+    after = open_hf(hf)
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_wrong_kind_of_source(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    hf = make_hf(tmp_path / "hf", small_config())
+    with pytest.raises(UsageError, match="is a Hugging Face directory already"):
+        convert.to_hf(str(hf), str(tmp_path / "x"), arch="auto", trim_vocab=False, options=QUIET)
+    assert find_source(str(hf)) == Where(kind="hf", path=str(hf))
+
+
+class FakeHub:
+    """Records what it is asked to do; or fails as the hub does, with the token in the message."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+
+    def __init__(self, fail: bool = False):
+        self.calls, self.fail = [], fail
+
+    def create_repo(self, repository: str, **options: Any) -> None:
+        self.calls.append(("create_repo", {"repository": repository, **options}))
+        if self.fail:
+            raise RuntimeError("401 for token hf_secret: denied")
+
+    def create_branch(self, repository: str, **options: Any) -> None:
+        self.calls.append(("create_branch", options))
+
+    def upload_folder(self, **options: Any) -> str:
+        self.calls.append(("upload_folder", options))
+        return "https://hub.invalid/commit/1"
+
+
+def test_upload(tmp_path: Path, make_hf: Any, small_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    hf = make_hf(tmp_path / "hf", small_config())
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert upload.upload(str(hf), "me/x", branch="v1", private=True, message=None) == "https://hub.invalid/commit/1"
+    assert [name for name, _ in hub.calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert hub.calls[2][1]["revision"] == "v1"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(fail=True))
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    with pytest.raises(StorageError) as caught:
+        upload.upload(str(hf), "me/x", branch=None, private=False, message=None)
+    assert "hf_secret" not in str(caught.value)
+    with pytest.raises(UsageError):
+        upload.upload(str(tmp_path), "me/x", branch=None, private=False, message=None)
+
+
+def test_command_line(run_command: Any, tmp_path: Path) -> None:
+    assert run_command(["neox-convert"]).returncode == 2
+    done = run_command(["neox-convert", "frobnicate"])
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"no verb" in done.stderr
+    assert run_command(["neox-convert", "to-hf", tmp_path / "nothing", tmp_path / "out"]).returncode == 66
+    assert run_command(["neox-convert", "cast", tmp_path, tmp_path / "out"]).returncode == 2

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of every form, told by what is in them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from libneox.errors import DataError, InputMissing, IntegrityError, UnsafeInput, UsageError
+
+TEXTS = ["first\nwith two lines", "ünïcödé 😀 日本語", " ", "x" * 300]
+JSONL = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
+
+
+def zstd(data: bytes, checksum: bool = True) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=checksum).compress(data)
+
+
+def tar(members: dict[str, bytes], kind: bytes = tarfile.REGTYPE, linkname: str = "") -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = (len(data) if kind == tarfile.REGTYPE else 0), kind, linkname
+            archive.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return sink.getvalue()
+
+
+MEMBERS = {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}
+HALVES = JSONL.splitlines(keepends=True)
+DAT = b"".join(b"%016d" % len(text.encode()) + text.encode() for text in TEXTS)
+
+
+@pytest.mark.parametrize("name", ["right", "lies.zst", "lies.gz", "lies.txt", "lies.tar"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(JSONL, id="jsonl"),
+        pytest.param(JSONL[:-1], id="no newline at the end"),
+        pytest.param(zstd(JSONL), id="zstd"),
+        pytest.param(zstd(HALVES[0]) + zstd(b"".join(HALVES[1:])), id="two frames"),
+        pytest.param(zstd(JSONL[:30]) + zstd(JSONL[30:]), id="frames that cut a line"),
+        pytest.param(gzip.compress(JSONL), id="gzip"),
+        pytest.param(lzma.compress(JSONL), id="xz"),
+        pytest.param(tar({"a.jsonl.zst": zstd(HALVES[0]), "b": zstd(b"".join(HALVES[1:]))}), id="tar of zstd"),
+        pytest.param(gzip.compress(tar(MEMBERS)), id="tar.gz of texts"),
+        pytest.param(tar(MEMBERS), id="tar of texts"),
+        pytest.param(zipped(MEMBERS), id="zip of texts"),
+        pytest.param(zipped({"x.jsonl": JSONL}), id="zip of jsonl"),
+        pytest.param(zstd(DAT), id="dat.zst"),
+        pytest.param(zstd(json.dumps(TEXTS).encode()), id="json array of strings"),
+        pytest.param(json.dumps([{"text": text} for text in TEXTS]).encode(), id="json array of objects"),
+        pytest.param("\n".join(map(json.dumps, TEXTS)).encode(), id="bare strings"),
+    ],
+)
+def test_forms(tokenize, data: bytes, name: str) -> None:  # A-03, A-20
+    assert tokenize(data, name).texts == TEXTS
+
+
+def test_text_files(tokenize) -> None:
+    text = "one\r\ntwo\n\n  three\n"
+    assert tokenize(text, "a.txt").texts == [text]
+    assert tokenize(gzip.compress(text.encode()), "a.gz").texts == [text]
+    assert tokenize(text, "a.txt", format="lines").texts == ["one", "two", "  three"]
+    assert tokenize('"Hello," she said.\nAnd more.', "a.txt").texts == ['"Hello," she said.\nAnd more.']
+    assert tokenize("{ is how this text begins", "a.txt").texts == ["{ is how this text begins"]
+    assert tokenize(JSONL, "a.jsonl", format="text").texts == [JSONL.decode()]
+    with pytest.raises(DataError, match="keys a, b need records with fields"):
+        tokenize(text, "a.txt", key=["a", "b"])
+
+
+def test_many_members_keep_their_order_and_names(tokenize) -> None:
+    members = {f"{i}": b"\xef\xbb\xbf" + b"text %d" % i for i in range(10000)}
+    assert tokenize(tar(members)).texts == [f"text {i}" for i in range(10000)]
+    members["9000"] = b"\xff"
+    with pytest.raises(DataError, match=r"data:9000: invalid UTF-8"):
+        tokenize(tar(members), "data")
+
+
+def test_a_broken_first_line_is_no_text_document(tokenize) -> None:
+    with pytest.raises(DataError, match="in.jsonl:1: broken JSON"):
+        tokenize('text": "a"}\n{"text": "b"}')
+
+
+def test_parquet_and_arrow(tokenize, tmp_path: Path) -> None:
+    table = pa.table({"text": TEXTS, "meta": [{"lang": "de"}] * 4, "n": [1, 2, 3, 4]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    for name in ("a.parquet", "a.arrow", "b.arrow"):
+        assert tokenize(tmp_path / name).texts == TEXTS
+        assert tokenize(tmp_path / name, key=["meta.lang"]).texts == ["de"] * 4
+        with pytest.raises(DataError, match=r"no column 'body'.*'text'"):
+            tokenize(tmp_path / name, key=["body"])
+        with pytest.raises(DataError, match=r"row 1.*is a number"):
+            tokenize(tmp_path / name, key=["n"])
+        cut = (tmp_path / name).read_bytes()
+        with pytest.raises(DataError, match="damaged"):
+            tokenize(cut[: len(cut) // 2], name)
+    with pytest.raises(UsageError, match="name them"):
+        tokenize(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+
+
+def test_tokens_are_not_tokenized_again(tokenize) -> None:
+    with pytest.raises(DataError, match="tokens already"):
+        tokenize(tokenize(JSONL).data)
+
+
+def test_directories(tokenize, tmp_path: Path, capfd) -> None:
+    for name, text in {"B.jsonl": "from B", "a.txt": "from a", "b.jsonl": "from b"}.items():
+        content = text if name.endswith("txt") else json.dumps({"text": text})
+        (tmp_path / name).write_text(content)
+    (tmp_path / "skip.csv").write_text("a,b")
+    (tmp_path / "sub").mkdir()
+    assert tokenize(tmp_path).texts == ["from B", "from a", "from b"]
+    assert "skip.csv, sub" in capfd.readouterr().err
+    with pytest.raises(InputMissing, match="no file with a known ending"):
+        tokenize(tmp_path / "sub")
+
+
+def test_many_files(tokenize, tmp_path: Path) -> None:  # A-21, without its 12 000
+    files = []
+    for i in range(300):
+        files.append(tmp_path / f"{i}.jsonl")
+        files[-1].write_text(json.dumps({"text": str(i)}))
+    assert tokenize(files).texts == [str(i) for i in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        pytest.param(zstd(JSONL)[: len(zstd(JSONL)) * 6 // 10], "truncated zstd frame at byte", id="A-01"),
+        pytest.param(zstd(JSONL)[:-1], "truncated zstd frame at byte", id="A-02 checksum"),
+        pytest.param(zstd(JSONL)[:3], "truncated zstd", id="A-02 three bytes"),
+        pytest.param(zstd(JSONL) + b"tail", f"at byte {len(zstd(JSONL))}", id="A-04"),
+        pytest.param(gzip.compress(JSONL)[:-4], "truncated gzip", id="gzip"),
+        pytest.param(tar(MEMBERS)[:1500], "tar archive", id="tar in a member"),
+        pytest.param(tar(MEMBERS)[:2048], "without its end mark", id="tar between members"),
+        pytest.param(zipped(MEMBERS)[:-30], "zip archive cannot be read", id="zip"),
+        pytest.param(DAT[:-1], "only 299 are left", id="dat in a document"),
+        pytest.param(DAT[: len(DAT) - 305], "16 digits", id="dat in a length"),
+        pytest.param(json.dumps(TEXTS).encode()[:-1], "JSON array", id="json array"),
+    ],
+)
+def test_truncated_input(tokenize, data: bytes, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        tokenize(data, "data")
+
+
+def test_flipped_bits(tokenize) -> None:  # A-05
+    data = bytearray(zstd(JSONL))
+    for position in range(4, len(data), 7):
+        data[position] ^= 8
+        with pytest.raises(DataError):
+            tokenize(bytes(data))
+        data[position] ^= 8
+
+
+def test_hashes_find_what_the_format_does_not(tokenize, tmp_path: Path) -> None:  # A-05
+    file, plain = tmp_path / "a.jsonl.zst", zstd(b'{"text": "abcdefgh"}\n', checksum=False)
+    file.write_bytes(plain)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(plain).hexdigest()}  a.jsonl.zst\n")
+    assert tokenize(file, verify_hash=str(sums)).texts == ["abcdefgh"]
+    file.write_bytes(plain.replace(b"abcdefgh", b"abcdefgi"))
+    assert tokenize(file).texts == ["abcdefgi"]
+    with pytest.raises(IntegrityError, match="SHA256SUMS"):
+        tokenize(file, verify_hash=str(sums))
+    with pytest.raises(UsageError, match="not in"):
+        tokenize(JSONL, verify_hash=str(sums))
+    sums.write_text("nonsense\n")
+    with pytest.raises(DataError, match="SHA256SUMS:1"):
+        tokenize(file, verify_hash=str(sums))
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "/etc/x", "a/../../x"])
+def test_members_that_lead_out(tokenize, name: str, tmp_path: Path) -> None:  # A-25
+    for data in (tar({name: b"text"}), zipped({name: b"text"})):
+        with pytest.raises(UnsafeInput, match="leads out"):
+            tokenize(data)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices(tokenize, kind: bytes) -> None:  # A-25
+    with pytest.raises(UnsafeInput, match="link or device"):
+        tokenize(tar({"x": b""}, kind, "/etc/passwd"))
+
+
+def test_a_link_in_a_zip(tokenize) -> None:  # A-25
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        info = zipfile.ZipInfo("x")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(UnsafeInput, match="link or device"):
+        tokenize(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(zstd(bytes(1 << 28)), id="zeros"),
+        pytest.param(zstd(b'{"text": "' + b"a" * (1 << 28) + b'"}'), id="a line"),
+        pytest.param(zipped({"x": bytes(1 << 28)}), id="zip"),
+    ],
+)
+def test_bombs(tokenize, data: bytes) -> None:  # A-26
+    with pytest.raises(DataError, match="bomb"):
+        tokenize(data, max_doc_bytes="100M" if data[:2] == b"PK" else "1G")
+
+
+def test_what_is_not_read_is_named(tokenize) -> None:  # A-20
+    with pytest.raises(InputMissing, match="7-Zip"):
+        tokenize(b"7z\xbc\xaf\x27\x1c" + bytes(100))
+    with pytest.raises(DataError, match="invalid UTF-8"):
+        tokenize(bytes(range(256)), "x.dat")
+
+
+def test_absent_files_are_named_first(tokenize, tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match="nowhere"):
+        tokenize([tmp_path / "nowhere"])

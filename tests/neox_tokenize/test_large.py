@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes that are out of the ordinary: very long lines, very many files (A-13 and A-21)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+MEGABYTE = 1 << 20
+
+
+def feed(process: subprocess.Popen[bytes], megabytes: int) -> None:
+    """Write one JSON line with a text of that size, or as much of it as is wanted."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(b'{"text": "')
+        for _ in range(megabytes):
+            process.stdin.write(b"word of text and " * (MEGABYTE // 17))
+        process.stdin.write(b'"}\n')
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it has seen enough
+
+
+def tokenize_line(megabytes: int, *options: str) -> tuple[int, str, int]:
+    """Exit code, stderr and peak memory (bytes) of `neox-tokenize` over one line."""
+    command = [sys.executable, "-m", "neox_tokenize", "--tokenizer", "bytes", *options]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    feeder = threading.Thread(target=feed, args=(process, megabytes))
+    feeder.start()
+    assert process.stderr is not None
+    message = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    feeder.join()
+    return process.returncode, message, usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_a_line_of_100_megabytes() -> None:
+    code, message, peak = tokenize_line(100)
+    assert code == 0, message
+    assert peak <= 6 * 100 * MEGABYTE
+
+
+@pytest.mark.slow
+def test_a_line_over_a_gibibyte_is_refused_by_its_number() -> None:
+    code, message, _ = tokenize_line(1100, "--max-doc-bytes", "1G")
+    assert code == 65
+    assert "stdin:1:" in message
+    assert "--max-doc-bytes" in message
+
+
+@pytest.mark.slow
+def test_twelve_thousand_files(tmp_path: Path) -> None:
+    for number in range(12_000):
+        (tmp_path / f"{number:05d}.jsonl").write_bytes(b'{"text": "%05d"}\n' % number)
+    line = f"ulimit -n 256; {sys.executable} -m neox_tokenize count --tokenizer bytes *.jsonl"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "12,000" in done.stdout.replace("12000", "12,000")
+    assert "60,000" in done.stdout.replace("60000", "60,000")

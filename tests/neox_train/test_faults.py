@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are stopped, killed and run again; ranks that die, hang or fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from libneox import run_directory
+
+LONG = {"train_iters": 100_000, "checkpoint_factor": 100_000}
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of `what`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := what():
+            return value
+        time.sleep(0.05)
+    raise TimeoutError("it did not happen")
+
+
+def steps_done(run: Path) -> int:
+    """Complete lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def status(run: Path) -> dict[str, Any]:
+    """run_status.json."""
+    return run_directory.read_status(run) or {}
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of a launcher's ranks, by rank."""
+    found: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            env = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == process.pid:
+            found |= {int(value[5:]): int(entry.name) for value in env if value.startswith(b"RANK=")}
+    return [found[rank] for rank in sorted(found)]
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW), pytest.param(signal.SIGUSR1, marks=SLOW)],
+)
+def test_a_signal_saves_and_stops(start, config, train, losses, number: int, tmp_path: Path) -> None:
+    run = tmp_path / "RUN"
+    path = config(**LONG)
+    with start(path, "-q") as process:
+        wait_for(lambda: steps_done(run) > 3)
+        asked = time.monotonic()
+        process.send_signal(number)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert time.monotonic() - asked < 25
+    (step,) = run_directory.list_steps(run)
+    assert out.splitlines() == [str(run / f"step_{step}")]
+    assert status(run) | {"pid": 0, "host": ""} == {
+        "state": "stopped",
+        "step": step,
+        "rank": 0,
+        "host": "",
+        "pid": 0,
+        "code": 75,
+        "reason": f"stopped by {signal.Signals(number).name} after step {step}, state saved; "
+        "run the same command again",
+    }
+    train(path, "-q", "--set", f"exit_interval={step + 3}", code=75)
+    short = config("short.yml", save=str(tmp_path / "whole"), **LONG)
+    train(short, "-q", "--set", f"exit_interval={step + 3}", code=75)
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@SLOW
+def test_a_second_interrupt_ends_at_once(start, config, tmp_path: Path) -> None:
+    huge = {"hidden_size": 512, "train_batch_size": 64, "seq_length": 256, "max_position_embeddings": 256}
+    with start(config(**LONG, **huge), "-q") as process:
+        wait_for(lambda: status(tmp_path / "RUN").get("state") == "running")
+        time.sleep(4)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        asked = time.monotonic()
+        process.wait(30)
+    assert process.returncode in (130, 75)
+    assert time.monotonic() - asked < 15
+    assert all(run_directory.verify_step(p) for p in (tmp_path / "RUN").glob("step_?"))
+
+
+@SLOW
+def test_a_signal_before_the_first_step(start, config, tmp_path: Path) -> None:
+    with start(config(), "-q") as process:
+        wait_for(lambda: (tmp_path / "RUN" / ".lock").exists())
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert process.returncode in (75, 143)
+    assert not list((tmp_path / "RUN").glob("*.tmp-*"))
+
+
+def test_two_trainers_on_one_run(start, train, config, tmp_path: Path) -> None:
+    with start(config(**LONG), "-q") as process:
+        wait_for(lambda: steps_done(tmp_path / "RUN") > 1)
+        done = train(config("other.yml"), code=73)
+        assert f"process {process.pid}" in done.stderr
+        process.kill()
+    train(config("other.yml"), "-q")
+
+
+def test_nothing_not_finite_is_saved(train, config, tmp_path: Path) -> None:
+    optimizer = {"type": "sgd", "params": {"lr": 1e30}}
+    path = config(optimizer=optimizer, gradient_clipping=0, checkpoint_factor=1, min_lr=0.0, lr_decay_style="constant")
+    done = train(path, "-q", code=80)
+    assert "step 2" in done.stderr or "step 3" in done.stderr
+    assert "samples" in done.stderr or "gradient" in done.stderr
+    assert status(tmp_path / "RUN")["code"] == 80
+    assert run_directory.list_steps(tmp_path / "RUN")
+
+
+@pytest.mark.parametrize("file", ["model-", "optimizer-", "trainer.json", "manifest.json"])
+def test_a_full_disk_keeps_the_last_checkpoint(train, config, losses, monkeypatch, file: str, tmp_path: Path) -> None:
+    """The disk is full when a file of the second checkpoint is written."""
+    from libneox.checkpoint import store
+
+    path = config(checkpoint_factor=4)
+    write, add = store.TensorWriter.append, run_directory.add_file
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def append(self: Any, name: str, tensor: Any) -> None:
+        full() if "step_8" in str(self._path) and self._path.name.startswith(file) else write(self, name, tensor)
+
+    def add_file(folder: Path, name: str, data: bytes) -> Any:
+        return full() if folder.name.startswith("step_8") and name == file else add(folder, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.TensorWriter, "append", append)
+        patch.setattr(run_directory, "add_file", add_file)
+        done = train(path, "-q", code=74)
+    assert "No space left" in done.stderr
+    assert run_directory.list_steps(tmp_path / "RUN") == [4]
+    assert not list((tmp_path / "RUN").glob("*.tmp-*"))
+    train(path, "-q")
+    train(config("whole.yml", save=str(tmp_path / "whole"), checkpoint_factor=4), "-q")
+    assert losses(tmp_path / "RUN") == losses(tmp_path / "whole")
+
+
+KILL_POINTS = [
+    pytest.param("step_4.tmp-*", marks=SLOW),
+    pytest.param("step_4.tmp-*/model-*", marks=SLOW),
+    "step_4.tmp-*/optimizer-*",
+    pytest.param("step_4.tmp-*/trainer.json", marks=SLOW),
+    "step_4.tmp-*/manifest.json",
+    pytest.param("step_4", marks=SLOW),
+    pytest.param("latest", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_in_the_middle_of_a_save(start, train, config, losses, command_env, point: str, tmp_path: Path) -> None:
+    """A process that kills itself when a file of the commit protocol appears, then the same command again."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, signal, threading, pathlib, time\n"
+        f"run = pathlib.Path({str(tmp_path / 'RUN')!r})\n"
+        "def watch():\n"
+        "    while True:\n"
+        f"        if any(run.glob({point!r})):\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        time.sleep(0)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    changes = {"checkpoint_factor": 4, "extra_save_iters": [2] if point != "latest" else []}
+    env = {**command_env, "PYTHONPATH": str(hook)}
+    with start(config(**changes), "-q", env=env) as process:
+        process.wait(60)
+    assert process.returncode == -signal.SIGKILL
+    train(config(**changes), "-q")
+    train(config("whole.yml", save=str(tmp_path / "whole"), **changes), "-q")
+    assert losses(tmp_path / "RUN") == losses(tmp_path / "whole")
+    for name in ("model-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors", "trainer.json"):
+        assert (tmp_path / "RUN/step_8" / name).read_bytes() == (tmp_path / "whole/step_8" / name).read_bytes()
+    assert not list((tmp_path / "RUN").glob("*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random(start, train, config, losses, seed: int, tmp_path: Path) -> None:
+    chosen = random.Random(seed)
+    path = config(checkpoint_factor=3, train_iters=60)
+    for _ in range(3):
+        with start(path, "-q") as process:
+            try:
+                process.wait(3.5 + 2 * chosen.random())
+            except subprocess.TimeoutExpired:
+                process.kill()
+    train(path, "-q")
+    train(config("whole.yml", save=str(tmp_path / "whole"), checkpoint_factor=3, train_iters=60), "-q")
+    assert losses(tmp_path / "RUN") == losses(tmp_path / "whole")
+    a, b = (tmp_path / name / "step_60/model-00001-of-00001.safetensors" for name in ("RUN", "whole"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["term-one", pytest.param("term-launcher", marks=SLOW)])
+def test_every_rank_saves_the_same_step(start, config, how: str, tmp_path: Path) -> None:
+    run = tmp_path / "RUN"
+    with start(config(train_micro_batch_size_per_gpu=2, **LONG), "-q", ranks=2) as process:
+        wait_for(lambda: steps_done(run) > 3)
+        os.kill(process.pid if how == "term-launcher" else children(process)[1], signal.SIGTERM)
+        process.communicate(timeout=60)
+    (step,) = run_directory.list_steps(run)
+    assert run_directory.verify_step(run / f"step_{step}").step == step
+    assert (status(run)["state"], status(run)["code"], status(run)["step"]) == ("stopped", 75, step)
+
+
+@pytest.mark.parametrize(
+    ("rank", "how"),
+    [
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=SLOW),
+        pytest.param(1, signal.SIGSTOP, marks=SLOW),
+    ],
+)
+def test_a_dead_rank_stops_the_others(start, config, rank: int, how: int, tmp_path: Path) -> None:
+    run = tmp_path / "RUN"
+    path = config(train_micro_batch_size_per_gpu=2, **(LONG | {"checkpoint_factor": 2}))
+    with start(path, ranks=2) as process:
+        wait_for(lambda: steps_done(run) > 3)
+        ranks = children(process)
+        os.kill(ranks[rank], how)
+        died = time.monotonic()
+        other = Path(f"/proc/{ranks[1 - rank]}")
+        wait_for(lambda: not other.exists() or "Z" in (other / "stat").read_text().rpartition(")")[2][:3], 30)
+        assert time.monotonic() - died < 12
+        os.kill(ranks[rank], signal.SIGKILL) if how == signal.SIGSTOP else None
+        _, errors = process.communicate(timeout=60)
+    assert f"rank {rank}" in errors
+    assert status(run)["state"] == "failed"
+    assert status(run)["code"] == 69
+    assert run_directory.newest_verified(run) is not None
+
+
+def test_bad_data_on_one_rank_stops_all(start, config, corpus, tmp_path: Path) -> None:
+    """Rank 1 alone meets an id beyond the vocabulary; its error is the one that is told."""
+    import shutil
+
+    import numpy as np
+
+    from libneox.data.mmap import MMapDataset
+
+    for path in corpus.parent.iterdir():
+        if path.suffix in (".bin", ".idx"):
+            shutil.copy(path, tmp_path / path.name)
+    tokens = np.fromfile(tmp_path / "text.bin", np.uint16)
+    with MMapDataset(tmp_path / "text") as data:
+        assert data.num_tokens == len(tokens)
+    tokens[::400] = 300
+    tokens.tofile(tmp_path / "text.bin")
+    path = config(data_path=str(tmp_path / "text"), vocab_size=258, train_micro_batch_size_per_gpu=2)
+    with start(path, ranks=2) as process:
+        _, errors = process.communicate(timeout=60)
+    assert "token id 300" in errors
+    assert status(tmp_path / "RUN")["code"] == 65
+    assert json.loads((tmp_path / "RUN/run_status.json").read_text())["reason"].startswith("sample")

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same numbers however a run is laid out, and from one layout to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from libneox.checkpoint.store import open_tensors
+
+
+@pytest.fixture
+def whole(train, config, losses, tmp_path: Path) -> list[float]:
+    """Losses of the uninterrupted run at ZeRO 1 on one rank."""
+    train(config("whole.yml", save=str(tmp_path / "whole")), "-q")
+    return losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_stages_on_one_rank(train, config, losses, whole, stage: int, tmp_path: Path) -> None:
+    train(config(zero_optimization={"stage": stage}), "-q")
+    assert losses(tmp_path / "RUN") == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_the_plain_engine_is_the_reference(train, config, metrics, precision: str, stage: int, tmp_path: Path) -> None:
+    """Losses, gradient norms and weights of a few steps: DeepSpeed's and those of plain torch."""
+    more = {"precision": precision, "train_iters": 3, "train_micro_batch_size_per_gpu": 2}
+    train(config("z.yml", zero_optimization={"stage": stage}, **more), "-q")
+    train(config("p.yml", save=str(tmp_path / "plain"), engine="plain", **more), "-q")
+    close = 1e-6 if precision == "fp32" else 2e-2
+    for ours, reference in zip(metrics(tmp_path / "RUN"), metrics(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=close)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=close)
+    group = "model" if precision == "fp32" else "optimizer"
+    with (
+        open_tensors(tmp_path / "RUN/latest", group) as a,
+        open_tensors(tmp_path / "plain/latest", group) as b,
+    ):
+        assert set(a) == set(b)
+        for name in a:
+            if precision == "fp32" or name.startswith("master/"):
+                torch.testing.assert_close(a[name], b[name], rtol=1e-4 if precision == "fp32" else 0.1, atol=2e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_every_stage_resumes_exactly(train, config, losses, precision: str, stage: int, tmp_path: Path) -> None:
+    more = {"precision": precision, "zero_optimization": {"stage": stage}, "train_iters": 6}
+    train(config("w.yml", save=str(tmp_path / "w"), **more), "-q")
+    path = config(**more)
+    train(path, "-q", "--set", "exit_interval=3", code=75)
+    train(path, "-q")
+    assert losses(tmp_path / "RUN") == losses(tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("adamw", {"lr": 0.006, "amsgrad": True, "fused": False}),
+        ("sgd", {"lr": 0.5, "momentum": 0.9}),
+        ("sgd", {"lr": 1.0}),
+        ("lion", {"lr": 0.003}),
+        ("madgrad_wd", {"lr": 0.02}),
+        ("sm3", {"lr": 0.1, "momentum": 0.9}),
+        ("adafactor", {"lr": 0.3}),
+        ("muon", {"lr": 0.02, "adam_lr": 0.006}),
+    ],
+)
+def test_every_optimizer_learns_and_resumes_exactly(
+    train, config, losses, kind: str, params: dict[str, float], tmp_path: Path
+) -> None:
+    more = {"optimizer": {"type": kind, "params": params}, "zero_optimization": {"stage": 0}, "warmup": 0.0}
+    train(config("w.yml", save=str(tmp_path / "w"), **more), "-q")
+    path = config(**more)
+    train(path, "-q", "--set", "exit_interval=4", code=75)
+    train(path, "-q")
+    found = losses(tmp_path / "w")
+    assert losses(tmp_path / "RUN") == found
+    assert found[-1] < found[0] - 0.05
+
+
+def test_a_run_moves_between_layouts(train, train_apart, config, losses, metrics, whole, tmp_path: Path) -> None:
+    """Two ranks at ZeRO 3, then one at ZeRO 1, then two at ZeRO 2: the losses of the uninterrupted run."""
+    path = config(train_micro_batch_size_per_gpu=2)
+
+    def stage(number: int, stop: int) -> tuple[str, ...]:
+        return "-q", "--set", f"zero_optimization.stage={number}", "--set", f"exit_interval={stop}"
+
+    train_apart(path, *stage(3, 3), ranks=2, code=None)
+    train(path, *stage(1, 6), code=75)
+    train_apart(path, *stage(2, 100), ranks=2)
+    assert losses(tmp_path / "RUN") == pytest.approx(whole, rel=1e-5)
+    assert [record["samples"] for record in metrics(tmp_path / "RUN")] == [4 * i for i in range(1, 9)]
+
+
+def test_fp16_scales_the_loss(train, config, metrics, monkeypatch, tmp_path: Path) -> None:
+    """A CPU has no fast fp16, but enough of it to see the scaler work and resume."""
+    from deepspeed.accelerator import get_accelerator
+
+    from neox_train import session
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(session, "pick_device", lambda launch, config: torch.device("cpu"))
+    fp16 = {"initial_scale_power": 24, "loss_scale_window": 3, "hysteresis": 1, "loss_scale": 0}
+    more = {"precision": "fp16", "fp16": fp16, "train_iters": 12}
+    train(config("w.yml", save=str(tmp_path / "w"), **more), "-q")
+    path = config(**more)
+    train(path, "-q", "--set", "exit_interval=2", code=75)
+    train(path, "-q", "--set", "exit_interval=9", code=75)
+    train(path, "-q")
+    whole, pieces = metrics(tmp_path / "w"), metrics(tmp_path / "RUN")
+    assert [r["loss"] for r in pieces] == [r["loss"] for r in whole]
+    skipped = [r["step"] for r in whole if r.get("skipped")]
+    assert 0 < len(skipped) < 10
+    first = whole[len(skipped)]
+    assert first["lr"] == whole[0]["lr"]  # skipped steps do not move the schedule
+
+
+@pytest.mark.slow
+def test_the_plain_engine_averages_over_ranks_and_moves_to_zero(
+    train, train_apart, config, losses, whole, tmp_path: Path
+) -> None:
+    path = config(train_micro_batch_size_per_gpu=2)
+    train_apart(path, "-q", "--set", "engine=plain", "--set", "exit_interval=4", ranks=2, code=None)
+    train(path, "-q", "--set", "engine=deepspeed")
+    assert losses(tmp_path / "RUN") == pytest.approx(whole, rel=1e-5)
+
+
+def test_engines_that_cannot_be_are_refused(train, config) -> None:
+    done = train(config(engine="plain", zero_optimization={"stage": 2}), code=2)
+    assert "partitions nothing" in done.stderr
+    done = train(config(engine="deepspeed", optimizer={"type": "sm3", "params": {"lr": 0.1}}), code=2)
+    assert "whole matrices" in done.stderr
+
+
+def test_fp16_on_a_cpu_is_refused_with_the_remedy(train, config) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = train(config(precision="fp16"), code=2)
+    assert "--set precision=fp32" in done.stderr
