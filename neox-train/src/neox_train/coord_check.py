@@ -32,11 +32,11 @@ from libneox.model.transformer import Attention
 from libneox.model_config import ModelConfig
 from libneox.tokenizer import load_tokenizer
 from neox_train.batches import batches_of
+from neox_train.inputs import find_tokenizer, resolve_model
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import build_optimizer
 from neox_train.plain import PlainEngine
 from neox_train.resume import run_path
-from neox_train.session import find_tokenizer, resolve_model
 
 STEPS = 3
 MULTIPLES = (1, 2, 4, 8)  # of the base width
@@ -191,7 +191,7 @@ def measure(
                 )
             records.append(Record(model_config.hidden_size, step, module, size))
         if step + 1 < len(batches):
-            engine.backward(batch)
+            engine.backward([batch])
             engine.step(config.lr)
     return records
 

@@ -66,20 +66,21 @@ class DeepSpeedEngine:
         """Switch dropout on or off."""
         self._engine.train(on)
 
-    def backward(self, batch: MicroBatch) -> Tensor:
-        """Add a micro-batch's gradient; DeepSpeed divides by their number. Returns its loss."""
-        self._pending = self._engine(*batch)
-        self._engine.backward(self._pending)
-        self._boundary = self._engine.is_gradient_accumulation_boundary()
-        loss = self._pending.detach()
-        if not self._boundary:
-            self._engine.step()  # counts the micro-batch
-        return loss
+    def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Add up the gradients of a step's micro-batches, which DeepSpeed divides by their number; returns their mean loss."""
+        losses = []
+        for batch in batches:
+            loss = self._engine(*batch)
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()  # counts the micro-batch
+        return torch.stack(losses).mean()
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
-        """Loss of a micro-batch without gradients."""
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Mean loss of micro-batches without gradients."""
         with torch.no_grad():
-            return self._engine(*batch)
+            return torch.stack([self._engine(*batch) for batch in batches]).mean()
 
     def step(self, lr: float) -> Outcome:
         """Reduce, clip, update."""

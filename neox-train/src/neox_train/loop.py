@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -16,6 +16,8 @@ from libneox.errors import NonFiniteLoss, StoppedEarly
 from libneox.parallel.group import Group
 from libneox.schedule import Schedule
 from neox_train.batches import Batches
+from neox_train.objective import MicroBatch
+from neox_train.observers import Observer
 from neox_train.report import Report
 from neox_train.saving import Saver
 from neox_train.signals import StopRequest
@@ -42,6 +44,7 @@ class Run:
     stop: StopRequest
     saved: Callable[[int], None]  # told the step of each committed checkpoint
     mark: Callable[[int], None]  # told the step under way, each time this rank got somewhere
+    observers: Sequence[Observer] = ()
 
 
 def train(run: Run) -> dict[str, float]:
@@ -72,16 +75,16 @@ def one_step(run: Run) -> str:
     started = time.perf_counter()
     lr = run.schedule.lr_at(state.updates)
     torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank))
-    losses = []
-    for batch in run.train.step(state.samples):
-        run.mark(state.step + 1)
-        losses.append(engine.backward(batch))
-    run.mark(state.step + 1)
-    mean = torch.stack(losses).mean().item()
+    for observer in run.observers:
+        observer.begin_step(state.step + 1)
+    mean = engine.backward(marked(run, run.train.step(state.samples), state.step + 1)).item()
     total, stop = run.group.sum([mean, float(bool(run.stop))], engine.device)
     loss = total / run.group.world_size
     if not math.isfinite(loss):
         raise NonFiniteLoss(blame(run, loss, mean))
+    extra = {}
+    for observer in run.observers:
+        extra |= observer.before_update(engine)
     outcome = engine.step(lr)
     scaler = engine.scalars().get("loss_scaler") if outcome.skipped else None
     if outcome.skipped and scaler is None:
@@ -95,6 +98,7 @@ def one_step(run: Run) -> str:
     state.updates += not outcome.skipped
     record = {"step": state.step, "samples": state.samples, "tokens": state.tokens, "loss": loss, "lr": lr}
     record["grad_norm"] = outcome.grad_norm if math.isfinite(outcome.grad_norm) else None
+    record |= extra
     if scaler is not None:
         record |= {"skipped": True, "loss_scale": scaler["cur_scale"]}
     seconds = time.perf_counter() - started
@@ -102,7 +106,17 @@ def one_step(run: Run) -> str:
         number = state.step // run.config.train.eval_interval - 1
         record |= evaluation(run, run.valid, "valid", number)
     run.report.step(record, seconds, (state.samples - first) * run.seq_length)
+    for observer in run.observers:
+        observer.end_step(record)
     return (run.stop.name or "a signal to another rank") if stop else ""
+
+
+def marked(run: Run, batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
+    """The same micro-batches; taking one, and asking for one more, shows that this rank got somewhere."""
+    for batch in batches:
+        run.mark(step)
+        yield batch
+    run.mark(step)
 
 
 def blame(run: Run, loss: float, own: float) -> str:
@@ -121,10 +135,10 @@ def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, 
     if rounds == 0:
         return {}
     run.engine.train(False)
-    losses = []
-    for index in range(number * rounds, (number + 1) * rounds):
-        run.mark(run.state.step)
-        losses += [run.engine.evaluate(batch) for batch in batches.step(index * batches.plan.global_batch)]
+    losses = [
+        run.engine.evaluate(marked(run, batches.step(index * batches.plan.global_batch), run.state.step))
+        for index in range(number * rounds, (number + 1) * rounds)
+    ]
     run.engine.train(True)
     (total,) = run.group.sum([torch.stack(losses).mean().item()], run.engine.device)
     loss = total / run.group.world_size

@@ -7,7 +7,7 @@ tested against. Low precision keeps float32 masters, as ZeRO does. Gradients are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,16 +49,19 @@ class PlainEngine:
         """Switch dropout on or off."""
         self.objective.train(on)
 
-    def backward(self, batch: MicroBatch) -> Tensor:
-        """Add a micro-batch's gradient, divided by the number of micro-batches; returns its loss."""
-        loss = self.objective(*batch)
-        (loss / self._accumulate).backward()
-        return loss.detach()
+    def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Add up the gradients of a step's micro-batches, each divided by their number; returns their mean loss."""
+        losses = []
+        for batch in batches:
+            loss = self.objective(*batch)
+            (loss / self._accumulate).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
-        """Loss of a micro-batch without gradients."""
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Mean loss of micro-batches without gradients."""
         with torch.no_grad():
-            return self.objective(*batch)
+            return torch.stack([self.objective(*batch) for batch in batches]).mean()
 
     def step(self, lr: float) -> Outcome:
         """Reduce, clip, update."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,11 +36,14 @@ class Engine(Protocol):
     def train(self, on: bool) -> None:
         """Switch dropout on or off."""
 
-    def backward(self, batch: MicroBatch) -> Tensor:
-        """Add a micro-batch's gradient; returns its loss (float32 scalar)."""
+    def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Add up the gradients of a step's micro-batches; returns the mean of their losses (float32 scalar).
 
-    def evaluate(self, batch: MicroBatch) -> Tensor:
-        """Loss of a micro-batch without gradients."""
+        All ranks of a pipeline and of a tensor-parallel group return the same.
+        """
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Mean loss of micro-batches without gradients."""
 
     def step(self, lr: float) -> Outcome:
         """Average the gradients over micro-batches and ranks, clip, update."""

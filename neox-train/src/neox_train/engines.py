@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine runs a configuration, and the values it begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from libneox.checkpoint.store import open_tensors, read_trainer
+from libneox.config import NeoxConfig
+from libneox.config.engine import PASSED_ON
+from libneox.errors import UsageError
+from libneox.model import Transformer
+from libneox.model.init import initial_value
+from libneox.model_config import ModelConfig
+from libneox.parallel.mesh import Mesh
+from neox_train.objective import build_objective
+from neox_train.optimizers import build_optimizer, kind_of, state_names
+from neox_train.resume import Start
+from neox_train.saving import restore_optimizer, restore_weights
+from neox_train.state import TrainState
+from neox_train.steps import Engine
+
+DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.device, mesh: Mesh) -> Engine:
+    """The model under the engine that fits the optimiser and the mesh; its values are not set yet."""
+    dtype, plan = DTYPES[config.compute_precision], config.batch_plan(mesh.world_size)
+    objective = build_objective(config, Transformer(model_config))
+
+    def optimizer(named: Any) -> torch.optim.Optimizer:
+        return build_optimizer(config, named, mup_width_mult=model_config.mup_width_mult)
+
+    if runs_plain(config, mesh.world_size):
+        from neox_train.plain import PlainEngine
+
+        return PlainEngine(
+            objective,
+            optimizer,
+            dtype=dtype,
+            device=device,
+            grad_accum=plan.grad_accum,
+            clipping=config.optim.gradient_clipping,
+            world_size=mesh.world_size,
+        )
+    from neox_train.engine import DeepSpeedEngine
+
+    settings = config.deepspeed_dict(plan)
+    return DeepSpeedEngine(objective, optimizer, settings=settings, states=state_names(config), device=device)
+
+
+def runs_plain(config: NeoxConfig, world_size: int) -> bool:
+    """Whether the plain engine runs this: asked for, needed by the optimiser, or one rank that partitions nothing.
+
+    DeepSpeed's flattening costs 15 % of a step of a 70M model at one rank on a CPU, and there is nothing to partition.
+
+    Raises:
+        UsageError: the configuration asks for two things that exclude each other.
+    """
+    shaped, asked = kind_of(config).shaped, config.get("engine")
+    if (shaped or asked == "plain") and config.zero_stage > 1:
+        why = f"{config.optimizer_type} needs whole matrices" if shaped else "engine: plain partitions nothing"
+        raise UsageError(f"zero_optimization.stage: {why}; set stage: 0")
+    if shaped and asked == "deepspeed":
+        raise UsageError(f"engine: {config.optimizer_type} needs whole matrices, which ZeRO flattens; set engine: auto")
+    if shaped or asked != "auto":
+        return shaped or asked == "plain"
+    own_sections = any(config.is_set(name) for name in (*PASSED_ON, "deepspeed_extra_args", "fp32_allreduce"))
+    return world_size == 1 and config.zero_stage == 0 and config.compute_precision != "fp16" and not own_sections
+
+
+def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState) -> None:
+    """Give the engine its values: initial ones, or the checkpoint's."""
+    source, model_config = start.source, engine.objective.model.config
+    if source is None:
+        for name in engine.names():
+            engine.restore_master(name, initial_value(model_config, name, config.train.seed))
+        return
+    if source.kind == "hf":
+        from libneox.checkpoint.hf import open_hf
+
+        restore_weights(engine, open_hf(source.path), {}, source.path)
+        return
+    with open_tensors(source.path) as model, open_tensors(source.path, "optimizer") as optimizer:
+        fresh = config.train.no_load_optim or (config.train.finetune and not start.own)
+        # finetune takes the rounded weights too: the masters are the same model, only finer
+        restore_weights(engine, model, optimizer, source.path)
+        stored = (read_trainer(source.path) or {}).get("optimizer")
+        if stored and not fresh:
+            names = set() if kind_of(config).shaped else set(state_names(config))
+            restore_optimizer(engine, optimizer, stored, names)

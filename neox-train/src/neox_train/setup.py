@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration and a starting point to a run that is ready for its first step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libneox import run_directory
+from libneox.checkpoint.store import read_trainer
+from libneox.config import BatchPlan, NeoxConfig
+from libneox.data.splits import SampleSet
+from libneox.parallel.group import Group
+from libneox.parallel.mesh import Mesh
+from libneox.tokenizer import Tokenizer
+from neox_train import loop
+from neox_train.batches import Batches, batches_of
+from neox_train.engines import DTYPES, build_engine, restore, runs_plain
+from neox_train.inputs import check_same_data, find_tokenizer, open_data, resolve_model
+from neox_train.report import Report, measured_tflops
+from neox_train.resume import Start, run_path, stored_config
+from neox_train.saving import Description, Saver
+from neox_train.signals import StopRequest
+from neox_train.state import TrainState
+
+
+def prepare(
+    config: NeoxConfig,
+    group: Group,
+    device: torch.device,
+    start: Start,
+    *,
+    stdout: int | None,
+    quiet: bool,
+    stop: StopRequest,
+    saved: Callable[[int], None],
+    mark: Callable[[int], None],
+) -> loop.Run:
+    """Data, model, engine and state, ready for the first step.
+
+    Args:
+        stdout: file descriptor that checkpoint paths go to.
+        saved: told the step of each committed checkpoint.
+        mark: told the step under way, each time this rank got somewhere.
+    """
+    plan = config.batch_plan(group.world_size)
+    seq_length = config.model.seq_length
+    state = first_state(config, start, plan.global_batch, seq_length)
+    splits, train_iters = open_data(config, state, plan.global_batch)
+    state.epochs = splits.epochs
+    check_same_data(state, splits, start)
+    tokenizer = find_tokenizer(config, splits, start.source)
+    model_config = resolve_model(config, tokenizer, start.source)
+    config = config.replace(
+        vocab_size=model_config.vocab_size,
+        padded_vocab_size=model_config.padded_vocab_size,
+        qk_norm_groups=model_config.qk_norm_groups if model_config.qk_norm == "joint" else None,
+    )
+    mesh = mesh_of(config, plan, group)
+    engine = build_engine(config, model_config, device, mesh)
+    restore(config, engine, start, state)
+    run = run_path(config)
+    begin_metrics(run, group, state, own=start.own)
+    report = Report(
+        run,
+        active=group.is_first,
+        stdout=stdout,
+        quiet=quiet,
+        log_interval=config.log.log_interval,
+        train_iters=train_iters,
+        flops_per_token=model_config.flops_per_token(seq_length).palm,
+        devices=group.world_size,
+        peak_tflops=config.log.peak_theoretical_tflops or measured_tflops(DTYPES[config.compute_precision], device),
+    )
+    for note in splits.notes:
+        report.note(note)
+    if config.zero_stage == 0 and not runs_plain(config, group.world_size):
+        report.note("ZeRO stage 0 runs as stage 1: the same numbers")
+
+    def batches(samples: SampleSet | None) -> Batches | None:
+        if samples is None or len(samples) == 0:
+            return None
+        eod = tokenizer.eod_id if tokenizer is not None else None
+        return batches_of(
+            config,
+            samples,
+            plan,
+            data_rank=mesh.data_rank,
+            device=device,
+            vocab_size=model_config.vocab_size,
+            eod_id=eod,
+        )
+
+    train = batches(splits.train)
+    assert train is not None
+    return loop.Run(
+        config,
+        group,
+        engine,
+        state,
+        pick_schedule(config, start, train_iters),
+        train_iters,
+        seq_length,
+        train,
+        batches(splits.valid),
+        batches(splits.test),
+        Saver(run, group, engine, describe(config, mesh, tokenizer)),
+        report,
+        stop,
+        saved,
+        mark,
+    )
+
+
+def mesh_of(config: NeoxConfig, plan: BatchPlan, group: Group) -> Mesh:
+    """The ranks of the run as `model_parallel_size` and `pipe_parallel_size` cut them."""
+    mesh = Mesh(group.rank, config.pipeline_stages, plan.data_parallel, config.tensor_parallel)
+    return mesh.connected() if mesh.world_size > mesh.data_size else mesh
+
+
+def begin_metrics(run: Path, group: Group, state: TrainState, *, own: bool) -> None:
+    """Bring metrics.jsonl to the step the run begins at: what came after it never happened."""
+    if not group.is_first:
+        return
+    if own:
+        run_directory.cut_metrics(run, state.step)
+    else:
+        (run / run_directory.METRICS).unlink(missing_ok=True)
+
+
+def describe(config: NeoxConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Description:
+    """What every checkpoint of the run says about itself."""
+    world = {"size": mesh.world_size, "data_parallel": mesh.data_size}
+    if mesh.world_size > mesh.data_size:
+        world |= {"tensor_parallel": mesh.tensor_size, "pipe_parallel": mesh.pipe_size}
+    return Description(
+        config_yaml=config.to_yaml(),
+        config_sha256=config.hash,
+        tokenizer=tokenizer.data if tokenizer is not None else None,
+        tokenizer_kind=tokenizer.kind if tokenizer is not None else "",
+        optimizer=config.optimizer_type,
+        world=world,
+        dtype=DTYPES[config.compute_precision],
+        with_optimizer=not config.train.no_save_optim,
+    )
+
+
+def first_state(config: NeoxConfig, start: Start, global_batch: int, seq_length: int) -> TrainState:
+    """Counters to begin with: those of the checkpoint, or zeros for new weights and for `finetune`."""
+    if start.source is None or (config.train.finetune and not start.own) or start.source.kind == "hf":
+        return TrainState()
+    stored = read_trainer(start.source.path)
+    if stored is None:  # an imported model without a training state
+        return TrainState()
+    state = TrainState.from_json(stored, global_batch=global_batch, seq_length=seq_length)
+    if config.train.no_load_rng:
+        state.rng_base = state.step
+    return state
+
+
+def pick_schedule(config: NeoxConfig, start: Start, train_iters: int) -> Any:
+    """The learning rate: the configuration's, or with `use_checkpoint_lr_scheduler` the checkpoint's."""
+    ours = config.lr_schedule(train_iters)
+    if start.source is None or start.source.kind == "hf" or config.train.finetune:
+        return ours
+    stored = stored_config(start.source)
+    theirs = stored.lr_schedule(stored.train.train_iters or train_iters)
+    if config.train.use_checkpoint_lr_scheduler:
+        return theirs
+    if theirs != ours and not config.train.override_lr_scheduler:
+        print(
+            f"neox-train: the learning rate changes from {theirs.describe()} to {ours.describe()}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ours
