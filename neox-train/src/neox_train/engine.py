@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         self._engine.train(on)
 
     def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """Add up the gradients of a step's micro-batches, which DeepSpeed divides by their number; returns their mean loss."""
+        """Add up the gradients of micro-batches, each divided by their number; returns their mean loss."""
         losses = []
         for batch in batches:
             loss = self._engine(*batch)
