@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing 1 and 10 million documents of 20 tokens from a pipe: `python tests/bench/shard_pack.py [FOLDER]`.
+"""Packing 1 and 10 million documents of 20 tokens from a pipe: `python -m tests.bench.shard_pack [FOLDER]`.
 
 Prints documents a second and the peak memory of neox-shard, start-up included: flat means that ten times as many
 documents need no more of it.
@@ -7,7 +7,6 @@ documents need no more of it.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 
 from libneox.stream import StreamHeader, StreamWriter, TokenBatch
 from libneox.tokenizer import load_tokenizer
+from tests.peak_memory import measured
 
 BATCH, LENGTH = 50_000, 20
 LIMIT_MB, LIMIT_GROWTH_MB = 600, 20
@@ -41,17 +41,15 @@ def main() -> int:
 
 def _pack(folder: Path, documents: int) -> tuple[float, float]:
     """Seconds and peak MB of one run."""
-    command = [sys.executable, "-m", "neox_shard", "-o", str(folder / "out"), "--force", "-q"]
+    command = [sys.executable, "-m", "neox_shard", "-o", folder / "out", "--force", "-q"]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    process = subprocess.Popen(measured(command, folder / "peak"), stdin=subprocess.PIPE)
     assert process.stdin is not None
     _produce(process.stdin, documents)
     process.stdin.close()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
+    if process.wait() != 0:
         raise SystemExit(f"neox-shard ended with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1000
+    return time.perf_counter() - started, int((folder / "peak").read_text()) / 1e6
 
 
 def _produce(sink: BinaryIO, documents: int) -> None:

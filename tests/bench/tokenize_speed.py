@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.peak_memory import measured
+
 REFERENCE = """
 import json, sys, numpy, tokenizers, zstandard, io
 source, tokenizer, out = sys.argv[1:]
@@ -81,8 +83,8 @@ def measure(folder: Path, tokenizer: str, megabytes: int, reference_megabytes: i
     python = [sys.executable, "-c"]
     runs = {
         "ours": pipe(folder / "ours", corpus, tokenizer, size),
-        "gigatoken": alone([*python, GIGATOKEN, corpus, tokenizer, folder / "gigatoken.u16"], size),
-        "reference": alone([*python, REFERENCE, small, tokenizer, folder / "reference.u16"], small_size),
+        "gigatoken": alone(folder / "gigatoken.u16", [*python, GIGATOKEN, corpus, tokenizer], size),
+        "reference": alone(folder / "reference.u16", [*python, REFERENCE, small, tokenizer], small_size),
         "fallback": pipe(folder / "fallback", small, tokenizer, small_size, "--engine", "tokenizers"),
     }
     hashes = set()
@@ -139,32 +141,34 @@ def pipe(out: Path, corpus: Path, tokenizer: str, size: int, *options: str) -> M
     tokenize = [sys.executable, "-m", "neox_tokenize", corpus, "-t", tokenizer, "--append-eod", "-q", *options]
     shard = [sys.executable, "-m", "neox_shard", "pack", "-q", "-o", out]
     started = time.perf_counter()
-    with subprocess.Popen(tokenize, stdout=subprocess.PIPE) as first:
-        second = subprocess.Popen(shard, stdin=first.stdout)
+    peaks = [out.with_name("peak-tokenize"), out.with_name("peak-shard")]
+    with subprocess.Popen(measured(tokenize, peaks[0]), stdout=subprocess.PIPE) as first:
+        second = subprocess.Popen(measured(shard, peaks[1]), stdin=first.stdout)
         assert first.stdout is not None
         first.stdout.close()
-        peaks = [finish(process) for process in (second, first)]
-    return result(started, max(peaks), size)
+        finish(second)
+        finish(first)
+    return result(started, peaks, size)
 
 
-def alone(command: Sequence[object], size: int) -> Measured:
-    """One process, timed from start to end."""
+def alone(out: Path, command: Sequence[object], size: int) -> Measured:
+    """One process that writes `out`, timed from start to end."""
     started = time.perf_counter()
-    peak = finish(subprocess.Popen([str(part) for part in command]))
-    return result(started, peak, size)
+    peak = out.with_name("peak")
+    finish(subprocess.Popen(measured([*command, out], peak)))
+    return result(started, [peak], size)
 
 
-def finish(process: subprocess.Popen) -> float:
-    """Wait for a process; its peak memory in MB."""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a process, which must succeed."""
+    if process.wait():
         raise SystemExit(f"{process.args} ended with {process.returncode}")
-    return usage.ru_maxrss * 1024 / 1e6
 
 
-def result(started: float, peak: float, size: int) -> Measured:
+def result(started: float, peaks: Sequence[Path], size: int) -> Measured:
+    """What the clock says, and the files with the processes' peak memory."""
     seconds = time.perf_counter() - started
+    peak = max(int(file.read_text()) for file in peaks) / 1e6
     return Measured(round(seconds, 2), round(peak, 1), round(size / seconds / 1e6, 2))
 
 

@@ -8,8 +8,10 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
+import subprocess
+import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -25,6 +27,7 @@ from libneox.checkpoint.neox.torchfile import TorchFile
 from libneox.errors import DataError, InputMissing, UnsafeInput
 from neox_convert import look
 from neox_convert.source import find_source
+from tests.peak_memory import measured
 
 
 class Payload:
@@ -215,23 +218,22 @@ def test_e04_absurd_safetensors(tmp_path: Path, make_hf: Any, small_config: Any,
         open_hf(model)
 
 
-def test_e04_header_of_100_mb(tmp_path: Path, run_command: Any, make_hf: Any, small_config: Any) -> None:
-    model = make_hf(tmp_path / "hf", small_config())
+def test_e04_header_of_100_mb(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    healthy, model = (make_hf(tmp_path / name, small_config()) for name in ("healthy", "hf"))
     with (model / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", 100_000_000) + b'{"' + b"a" * 99_999_998)
         file.truncate(200_000_000)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    done = run_command(["neox-convert", "from-hf", model, tmp_path / "run"])
-    assert done.returncode == 65, done.stderr
-    bare = _peak_kb(run_command)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert after <= max(before, bare, 0) + 200_000
+    assert _peak(65, "from-hf", model, tmp_path / "run") <= _peak(0, "inspect", healthy) + 200_000_000
     assert not (tmp_path / "run").exists()
 
 
-def _peak_kb(run_command: Any) -> int:
-    run_command(["neox-convert", "inspect", os.devnull])
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+def _peak(code: int, *arguments: os.PathLike[str] | str) -> int:
+    """Peak memory in bytes of a `neox-convert` that ends with that code."""
+    with tempfile.NamedTemporaryFile() as report:
+        command = measured([sys.executable, "-m", "neox_convert", *arguments], Path(report.name))
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        assert done.returncode == code, done.stderr
+        return int(report.read())
 
 
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/passwd", "a/../../b.safetensors", ".."])

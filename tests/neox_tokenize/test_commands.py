@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tests.peak_memory import measured
+
 JSONL = b"".join(json.dumps({"text": f"document {i}"}).encode() + b"\n" for i in range(50))
 COMMAND = [sys.executable, "-m", "neox_tokenize"]
 
@@ -222,23 +224,21 @@ def test_odd_names(tmp_path: Path, name: bytes) -> None:  # D-07
 
 
 @pytest.mark.slow
-def test_many_small_documents_in_flat_memory() -> None:  # L-01
+def test_many_small_documents_in_flat_memory(tmp_path: Path) -> None:  # L-01
     """10 million documents of 20 tokens."""
     producer = subprocess.Popen(
         [sys.executable, "-c", "import sys\nline = b'{\"text\": \"%s\"}\\n' % (b'twenty bytes of text' )\n"
          "for _ in range(1000): sys.stdout.buffer.write(line * 10000)"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
-    script = "import resource, sys, subprocess\n" \
-        "code = subprocess.run([sys.executable, '-m', 'neox_tokenize', '-j', '2', '-t', 'bytes'], stdout=subprocess.DEVNULL).returncode\n" \
-        "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"  # fmt: skip  # noqa: E501
+    command = measured([*COMMAND, "-j", "2", "-t", "bytes"], tmp_path / "peak")
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", script], stdin=producer.stdout, capture_output=True, timeout=280, check=False
+        command, stdin=producer.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=280, check=False
     )
-    code, megabytes = map(int, done.stdout.split())
+    megabytes = int((tmp_path / "peak").read_text()) >> 20
     print(f"L-01: 10 M documents in {time.monotonic() - started:.0f} s, {megabytes} MB; {done.stderr.decode().strip()}")
     assert producer.wait() == 0
-    assert code == 0
+    assert done.returncode == 0
     assert megabytes < 600
     assert b"10,000,000 documents" in done.stderr
