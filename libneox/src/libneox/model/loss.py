@@ -18,8 +18,29 @@ CHUNK_BYTES = 32 << 20
 IGNORE = -100
 
 
+class Vocabulary:
+    """Which tokens the rows of a head stand for: here all of them, in order. Of another one, rows may be elsewhere."""
+
+    def find(self, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each label, and 1.0 where it is among the rows at hand, 0.0 where not (the row is any then)."""
+        return labels_M, torch.ones_like(labels_M, dtype=torch.float32)
+
+    def reduce(self, logits_CV: Tensor, rows_C1: Tensor, held_C1: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the whole vocabulary and the label's logit, each float32 [C, 1]."""
+        return logits_CV.logsumexp(-1, keepdim=True), logits_CV.gather(-1, rows_C1)
+
+
+ALL = Vocabulary()
+
+
 def linear_cross_entropy(
-    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, mask_BT: Tensor | None = None, *, z_loss: float = 0.0
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    mask_BT: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    vocabulary: Vocabulary = ALL,
 ) -> Tensor:
     """Mean cross-entropy of `softmax(hidden @ weight.T)`, weighted as in GPT-NeoX: sum(ce * mask) / sum(mask).
 
@@ -31,6 +52,7 @@ def linear_cross_entropy(
         labels_BT: int64; -100 is left out of the mean.
         mask_BT: weight of each position, float or bool; all ones if None.
         z_loss: adds z_loss * mean(logsumexp^2) (PaLM, arXiv 2204.02311).
+        vocabulary: what the rows of `weight_VD` are.
     Returns:
         float32 scalar; 0 if no position counts.
     """
@@ -40,10 +62,10 @@ def linear_cross_entropy(
     total = weights_BT.sum()
     weights_BT = weights_BT / torch.where(total > 0, total, torch.ones_like(total))
     labels = labels_BT.clamp(min=0).reshape(-1)
-    return _WeightedLoss.apply(hidden_BTD.flatten(0, -2), weight_VD, labels, weights_BT.reshape(-1), z_loss)
+    return _WeightedLoss.apply(hidden_BTD.flatten(0, -2), weight_VD, labels, weights_BT.reshape(-1), z_loss, vocabulary)
 
 
-def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, vocabulary: Vocabulary = ALL) -> Tensor:
     """Cross-entropy of every position, for losses that combine them in other ways than a weighted mean.
 
     The logits of a chunk are computed again in the backward pass. Same arguments as `linear_cross_entropy`.
@@ -51,7 +73,8 @@ def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Te
     Returns:
         float32 [B, T]; 0 where the label is -100. Minus it is the log probability of the label.
     """
-    losses = _TokenLosses.apply(hidden_BTD.flatten(0, -2), weight_VD, labels_BT.clamp(min=0).reshape(-1))
+    labels = labels_BT.clamp(min=0).reshape(-1)
+    losses = _TokenLosses.apply(hidden_BTD.flatten(0, -2), weight_VD, labels, vocabulary)
     return torch.where(labels_BT == IGNORE, 0.0, losses.view(labels_BT.shape))
 
 
@@ -67,25 +90,31 @@ class _WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weights_M: Tensor, z_loss: float
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        labels_M: Tensor,
+        weights_M: Tensor,
+        z_loss: float,
+        vocabulary: Vocabulary,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_MD) if need_hidden else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-        rows = chunk_rows(len(labels_M), len(weight_VD))
-        for begin in range(0, len(labels_M), max(rows, 1)):
-            part = slice(begin, begin + rows)
-            labels_C, weights_C = labels_M[part, None], weights_M[part, None]
+        rows_M, held_M = vocabulary.find(labels_M)
+        size = chunk_rows(len(labels_M), len(weight_VD))
+        for begin in range(0, len(labels_M), max(size, 1)):
+            part = slice(begin, begin + size)
+            rows_C, held_C, weights_C = rows_M[part, None], held_M[part, None], weights_M[part, None]
             logits_CV = (hidden_MD[part] @ weight_VD.T).float()
-            lse_C = logits_CV.logsumexp(-1, keepdim=True)
-            ce_C = lse_C - logits_CV.gather(-1, labels_C)
-            loss += (weights_C * (ce_C + z_loss * lse_C.square())).sum()
+            lse_C, target_C = vocabulary.reduce(logits_CV, rows_C, held_C)
+            loss += (weights_C * (lse_C - target_C + z_loss * lse_C.square())).sum()
             if not (need_hidden or need_weight):
                 continue
             d_CV = logits_CV.sub_(lse_C).exp_()  # probabilities, where the logits were
             d_CV.mul_(weights_C * (1 + 2 * z_loss * lse_C))
-            d_CV.scatter_add_(-1, labels_C, -weights_C)
+            d_CV.scatter_add_(-1, rows_C, -weights_C * held_C)
             d_CV = d_CV.to(hidden_MD.dtype)
             if d_hidden is not None:
                 torch.mm(d_CV, weight_VD, out=d_hidden[part])
@@ -95,44 +124,46 @@ class _WeightedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return _scaled(d_hidden, grads[0]), _scaled(d_weight, grads[0]), None, None, None
+        return _scaled(d_hidden, grads[0]), _scaled(d_weight, grads[0]), None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
     """Cross-entropy of each position; the backward pass recomputes each chunk's logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, vocabulary: Vocabulary) -> Tensor:
         losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_MD.device)
         lse_M = torch.empty_like(losses_M)
-        rows = chunk_rows(len(labels_M), len(weight_VD))
-        for begin in range(0, len(labels_M), max(rows, 1)):
-            part = slice(begin, begin + rows)
+        rows_M, held_M = vocabulary.find(labels_M)
+        size = chunk_rows(len(labels_M), len(weight_VD))
+        for begin in range(0, len(labels_M), max(size, 1)):
+            part = slice(begin, begin + size)
             logits_CV = (hidden_MD[part] @ weight_VD.T).float()
-            lse_M[part] = logits_CV.logsumexp(-1)
-            losses_M[part] = lse_M[part] - logits_CV.gather(-1, labels_M[part, None]).squeeze(-1)
-        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, lse_M)
+            lse_C, target_C = vocabulary.reduce(logits_CV, rows_M[part, None], held_M[part, None])
+            lse_M[part] = lse_C.squeeze(-1)
+            losses_M[part] = (lse_C - target_C).squeeze(-1)
+        ctx.save_for_backward(hidden_MD, weight_VD, rows_M, held_M, lse_M)
         return losses_M
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_MD, weight_VD, labels_M, lse_M = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_MD, weight_VD, rows_M, held_M, lse_M = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_MD) if need_hidden else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-        rows = chunk_rows(len(labels_M), len(weight_VD))
-        for begin in range(0, len(labels_M), max(rows, 1)):
-            part = slice(begin, begin + rows)
+        size = chunk_rows(len(lse_M), len(weight_VD))
+        for begin in range(0, len(lse_M), max(size, 1)):
+            part = slice(begin, begin + size)
             d_CV = (hidden_MD[part] @ weight_VD.T).float().sub_(lse_M[part, None]).exp_()
-            d_CV.scatter_add_(-1, labels_M[part, None], d_CV.new_full((), -1.0).expand(len(d_CV), 1))
+            d_CV.scatter_add_(-1, rows_M[part, None], -held_M[part, None])
             d_CV = d_CV.mul_(grads[0][part, None]).to(hidden_MD.dtype)
             if d_hidden is not None:
                 torch.mm(d_CV, weight_VD, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, d_CV, hidden_MD[part])
-        return d_hidden, None if d_weight is None else d_weight.to(weight_VD.dtype), None
+        return d_hidden, None if d_weight is None else d_weight.to(weight_VD.dtype), None, None
 
 
 def _add_product(sum_VD: Tensor, d_CV: Tensor, hidden_CD: Tensor) -> None:

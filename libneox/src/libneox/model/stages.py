@@ -102,10 +102,11 @@ class BlockStage(Block):
         self.config = config
         self.slopes = alibi_slopes(config.num_heads) if config.pos_emb == "alibi" else ()
         self.backend = "sdpa"
+        self.shares = 1  # into so many the positions are cut outside of attention and MLP; x is one of them
 
     def forward(self, x_BTD: Tensor) -> Tensor:  # type: ignore[override]
         """Run the layer on whole sequences from position 0."""
-        length, device, dtype = x_BTD.shape[1], x_BTD.device, x_BTD.dtype
+        length, device, dtype = x_BTD.shape[1] * self.shares, x_BTD.device, x_BTD.dtype
         slopes = torch.tensor(self.slopes, device=device) if self.slopes else None
         seen = Visibility(length, length, window=self.config.sliding_window, slopes_N=slopes)
         rotary = None
