@@ -143,6 +143,14 @@ def step_path(run: str | os.PathLike[str], step: int) -> Path:
     return Path(run) / f"step_{step}"
 
 
+def step_number(step_dir: str | os.PathLike[str]) -> int:
+    """N of `RUN/step_N`."""
+    match = _STEP.match(Path(step_dir).name)
+    if match is None:
+        raise ValueError(f"{step_dir}: not named step_N")
+    return int(match[1])
+
+
 def verify_step(step_dir: str | os.PathLike[str]) -> Manifest:
     """Compare every file of a step with its manifest, byte for byte through sha256.
 

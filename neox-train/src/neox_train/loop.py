@@ -7,12 +7,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from libneox import run_directory
 from libneox.config import NeoxConfig
-from libneox.errors import NonFiniteLoss, StoppedEarly
+from libneox.errors import NonFiniteLoss, StoppedEarly, StorageError
 from libneox.parallel.group import Group
 from libneox.schedule import Schedule
 from neox_train.batches import Batches
@@ -58,14 +59,18 @@ def train(run: Run) -> dict[str, float]:
     if state.step == 0 and 0 in (keys.extra_save_iters or ()):
         save(run)
     while state.step < run.train_iters:
-        stopping = one_step(run)
+        try:
+            stopping = one_step(run)
+        except NonFiniteLoss:
+            settle(run)  # a checkpoint under way is of an earlier step
+            raise
         reason = stopping or ("exit_interval" if keys.exit_interval and state.step % keys.exit_interval == 0 else "")
         if state.step < run.train_iters and (reason or is_due(keys, state.step)):
-            save(run)
+            save(run, last=bool(reason))
         if reason and state.step < run.train_iters:
             raise StoppedEarly(f"stopped by {reason} after step {state.step}, state saved; run the same command again")
     if run.train_iters > 0:
-        save(run)
+        save(run, last=True)
     return finish(run)
 
 
@@ -74,11 +79,14 @@ def one_step(run: Run) -> str:
     state, engine, plan = run.state, run.engine, run.train.plan
     started = time.perf_counter()
     lr = run.schedule.lr_at(state.updates)
-    torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank))
+    # neighbours that share a model draw the same numbers (and others of their own where each does a part of the work)
+    torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank // run.config.tensor_parallel))
     for observer in run.observers:
         observer.begin_step(state.step + 1)
     mean = engine.backward(marked(run, run.train.step(state.samples), state.step + 1)).item()
-    total, stop = run.group.sum([mean, float(bool(run.stop))], engine.device)
+    total, stop, written = run.group.sum([mean, float(bool(run.stop)), float(run.saver.written)], engine.device)
+    if written == run.group.world_size:
+        settle(run)
     loss = total / run.group.world_size
     if not math.isfinite(loss):
         raise NonFiniteLoss(blame(run, loss, mean))
@@ -164,17 +172,55 @@ def is_due(keys: object, step: int) -> bool:
     return any(int(factor**k) == step for k in range(max(0, power - 1), power + 2))
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint, say so on stdout, delete what `keep_last_n_checkpoints` no longer covers."""
+def save(run: Run, *, last: bool = False) -> None:
+    """Checkpoint this step: at once if it is the last thing done, with `async_save` while training goes on.
+
+    Raises:
+        StorageError: it failed, and `on_save_error` says stop, or it was the last.
+    """
+    settle(run)  # never two at a time
+    aside = run.config.train.async_save and not last
     run.mark(run.state.step)
-    path = run.saver.save(run.state)
+    try:
+        run.saver.start(run.state, aside=aside)
+    except StorageError as error:
+        tolerate(run, error, last=last)
+    if not aside:
+        settle(run, last=last)
+
+
+def settle(run: Run, *, last: bool = False) -> None:
+    """Commit the checkpoint under way, if there is one, say so on stdout, delete what is no longer kept."""
+    if not run.saver.busy:
+        return
+    run.mark(run.state.step)
+    try:
+        path = run.saver.finish()
+    except StorageError as error:
+        tolerate(run, error, last=last)
+        return
     run.mark(run.state.step)
     keep = run.config.train.keep_last_n_checkpoints
     if run.group.is_first:
-        run.saved(run.state.step)
+        run.saved(run_directory.step_number(path))
         run.report.checkpoint(path)
         if keep:
-            run_directory.prune(path.parent, keep, protect=run.config.train.extra_save_iters or ())
+            prune(run, path.parent, keep)
+
+
+def prune(run: Run, folder: Path, keep: int) -> None:
+    """Delete older steps; one that cannot be deleted costs space, not the run."""
+    try:
+        run_directory.prune(folder, keep, protect=run.config.train.extra_save_iters or ())
+    except OSError as error:
+        run.report.warn(f"{folder}: older checkpoints stay, {error.strerror or error}")
+
+
+def tolerate(run: Run, error: StorageError, *, last: bool) -> None:
+    """Go on without a checkpoint if the configuration says so; the state at the end of a run is never let go."""
+    if last or run.config.train.on_save_error == "stop":
+        raise error
+    run.report.warn(f"{error}; going on without it (on_save_error: continue)")
 
 
 def finish(run: Run) -> dict[str, float]:

@@ -81,8 +81,15 @@ class Report:
     def note(self, message: str) -> None:
         """A line on stderr."""
         if self._active and not self._quiet:
-            start = "\r\x1b[K" if self._live else ""
-            print(f"{start}neox-train: {message}", file=sys.stderr, flush=True)
+            print(f"{self._line_start()}neox-train: {message}", file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        """A line on stderr that `-q` does not silence."""
+        if self._active:
+            print(f"{self._line_start()}neox-train: warning: {message}", file=sys.stderr, flush=True)
+
+    def _line_start(self) -> str:
+        return "\r\x1b[K" if self._live else ""
 
     def checkpoint(self, path: Path) -> None:
         """A committed checkpoint: its path on stdout."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from libneox import run_directory
 from libneox.checkpoint import store
-from libneox.checkpoint.store import TensorSpec
+from libneox.checkpoint.store import PlannedFile, TensorSpec
 from libneox.errors import DataError, StorageError, UsageError
 from libneox.parallel.group import Group
 from libneox.run_directory import FileRecord, Manifest
@@ -22,6 +24,8 @@ from neox_train.state import TrainState
 from neox_train.steps import Engine
 
 MASTER = "master/"
+GIVE_UP_S = 10.0  # how long a failed run waits for the thread that writes a checkpoint nobody will commit
+Written = tuple[dict[str, FileRecord], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,50 +42,128 @@ class Description:
     with_optimizer: bool = True
 
 
+@dataclasses.dataclass
+class _Unfinished:
+    """A checkpoint between `start` and `finish`.
+
+    Attributes:
+        temporary: where its files are; None if the step is there already.
+        trainer: trainer.json, on rank 0.
+        written: records of this rank's files by name, and what went wrong, if anything did.
+    """
+
+    state: TrainState
+    target: Path
+    temporary: Path | None
+    trainer: dict[str, Any]
+    written: Future[Written]
+
+
 class Saver:
-    """Write checkpoints of one run."""
+    """Write checkpoints of one run, one at a time.
+
+    `start` takes the values of a step, `finish` makes them a checkpoint; training may go on between the two. Both are
+    called by every rank, at the same step; the messages between ranks are all theirs, the thread that writes a file
+    sends none.
+    """
 
     def __init__(self, run: Path, group: Group, engine: Engine, description: Description):
         self._run, self._group, self._engine, self._about = run, group, engine, description
+        self._open: _Unfinished | None = None
+        self._given_up = threading.Event()
 
-    def save(self, state: TrainState) -> Path:
-        """Write RUN/step_N through the commit protocol; every rank calls this and writes its share of the files.
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint was started and not finished."""
+        return self._open is not None
 
-        Returns the path. A step that is there already and verifies is left alone.
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files of the checkpoint under way are on disk (or never will be)."""
+        return self._open is not None and self._open.written.done()
+
+    def start(self, state: TrainState, *, aside: bool = False) -> None:
+        """Write this rank's share of the files of RUN/step_N, where no reader looks yet.
+
+        A step that is there already and verifies is left alone.
+
+        Args:
+            aside: copy the values to host memory and write them in a thread, so that they may change at once.
+        Raises:
+            StorageError: on every rank alike, if a directory could not be made; earlier steps are untouched.
+        """
+        assert self._open is None, "the checkpoint before was not finished"
+        target = run_directory.step_path(self._run, state.step)
+        made = self._group.tell(self._make_directory(target) if self._group.is_first else None)
+        if made["bad"]:
+            raise StorageError(f"{target}: not saved, {made['bad']}; earlier checkpoints are untouched")
+        temporary = None if made["path"] is None else Path(made["path"])
+        trainer: dict[str, Any] = {}
+        if self._group.is_first:
+            trainer = state.to_json({"type": self._about.optimizer} | self._engine.scalars())
+        written: Future[Written] = Future()
+        self._open = _Unfinished(dataclasses.replace(state), target, temporary, trainer, written)
+        if temporary is None:
+            written.set_result(({}, ""))
+        elif aside:
+            self._write_aside(temporary, written)
+        else:
+            written.set_result(self._write(temporary))
+
+    def finish(self) -> Path:
+        """Wait for the files of all ranks and commit the step that was started; returns its path.
 
         Raises:
-            StorageError: a rank could not write; nothing is left behind and earlier steps are untouched.
+            StorageError: on every rank alike, if one could not write; nothing is left behind and earlier steps are
+                untouched.
         """
-        target = run_directory.step_path(self._run, state.step)
-        temporary = self._group.on_first(lambda: self._begin(target))
-        if temporary is None:
-            return target
-        records, problem = self._write(Path(temporary), state)
+        assert self._open is not None, "nothing was started"
+        step, self._open = self._open, None
+        records, problem = step.written.result()
+        if step.temporary is None:
+            return step.target
         reports = self._group.gather({"records": {n: [r.bytes, r.sha256] for n, r in records.items()}, "bad": problem})
-        bad = [f"rank {rank}: {report['bad']}" for rank, report in enumerate(reports) if report["bad"]]
+        bad = next((f"rank {rank}: {report['bad']}" for rank, report in enumerate(reports) if report["bad"]), "")
+        if not bad:
+            files = {name: FileRecord(*record) for report in reports for name, record in report["records"].items()}
+            bad = self._group.tell(self._commit(step, files) if self._group.is_first else None)
         if bad:
             if self._group.is_first:
-                run_directory.abort_step(Path(temporary))
-            raise StorageError(f"{target}: not saved, {bad[0]}; earlier checkpoints are untouched, free some space")
-        files = {name: FileRecord(*record) for report in reports for name, record in report["records"].items()}
-        self._group.on_first(lambda: str(self._commit(Path(temporary), target, state, files)))
-        return target
+                run_directory.abort_step(step.temporary)
+            raise StorageError(f"{step.target}: not saved, {bad}; earlier checkpoints are untouched, free some space")
+        return step.target
 
-    def _begin(self, target: Path) -> str | None:
+    def close(self) -> None:
+        """Give up a checkpoint that was not finished, because the run has failed."""
+        if self._open is None:
+            return
+        step, self._open = self._open, None
+        self._given_up.set()
+        wait([step.written], GIVE_UP_S)
+        if step.temporary is not None and self._group.is_first:
+            run_directory.abort_step(step.temporary)
+
+    def _make_directory(self, target: Path) -> dict[str, Any]:
         if target.exists():
             try:
                 run_directory.verify_step(target)
-                return None
+                return {"path": None, "bad": ""}
             except run_directory.IntegrityError as error:
                 print(f"neox-train: warning: {error}; it is written again", file=sys.stderr, flush=True)
-        return str(run_directory.begin_step(target, force=True))
-
-    def _commit(self, temporary: Path, target: Path, state: TrainState, files: dict[str, FileRecord]) -> Path:
-        about = self._about
         try:
-            trainer = state.to_json({"type": about.optimizer} | self._engine.scalars())
+            return {"path": str(run_directory.begin_step(target, force=True)), "bad": ""}
+        except OSError as error:
+            return {"path": None, "bad": _reason(error)}
+
+    def _commit(self, step: _Unfinished, files: dict[str, FileRecord]) -> str:
+        """What went wrong, or an empty text."""
+        about, state = self._about, step.state
+        assert step.temporary is not None
+        try:
             files |= dict(
-                store.small_files(temporary, about.config_yaml, about.tokenizer, trainer, kind=about.tokenizer_kind)
+                store.small_files(
+                    step.temporary, about.config_yaml, about.tokenizer, step.trainer, kind=about.tokenizer_kind
+                )
             )
             manifest = Manifest(
                 step=state.step,
@@ -92,29 +174,56 @@ class Saver:
                 tokenizer=store.describe_tokenizer(about.tokenizer, about.tokenizer_kind),
                 files=files,
             )
-            return run_directory.commit_step(temporary, target, manifest)
+            run_directory.commit_step(step.temporary, step.target, manifest)
         except OSError as error:
-            run_directory.abort_step(temporary)
-            raise StorageError(f"{target}: {error.strerror or error}; earlier checkpoints are untouched") from error
+            return _reason(error)
+        return ""
 
-    def _write(self, temporary: Path, state: TrainState) -> tuple[dict[str, FileRecord], str]:
+    def _write(self, temporary: Path) -> Written:
         """This rank's files. A rank that cannot write still takes part in gathering, or the others would hang."""
         records: dict[str, FileRecord] = {}
         problem = ""
-        for stem, specs, load in self._groups():
-            plan = store.plan_files(stem, specs, writers=self._group.world_size)
+        for plan, load in self._plans():
             asked = _Counting(load)
             try:
                 if problem:
                     raise OSError(problem)
                 records |= store.write_planned(temporary, plan, asked, rank=self._group.rank)
             except OSError as error:
-                problem = f"{error.strerror or error}"
+                problem = _reason(error)
                 for spec in [spec for file in plan for spec in file.specs][asked.count :]:
                     load(spec.name)
         return records, problem
 
-    def _groups(self) -> list[tuple[str, list[TensorSpec], Callable[[str], Tensor]]]:
+    def _write_aside(self, temporary: Path, written: Future[Written]) -> None:
+        """Copy this rank's tensors to host memory, then write them in a thread: the same files as `_write`'s."""
+        mine: list[PlannedFile] = []
+        held: dict[str, Tensor] = {}
+        for plan, load in self._plans():
+            mine += [file for file in plan if file.owner == self._group.rank]
+            for file in plan:
+                for spec in file.specs:
+                    value = load(spec.name)  # a collective, whoever writes it
+                    if file.owner == self._group.rank:
+                        held[spec.name] = value.detach().to("cpu", copy=True)
+
+        def take(name: str) -> Tensor:
+            if self._given_up.is_set():
+                raise OSError("given up")
+            return held.pop(name)
+
+        def work() -> None:
+            try:
+                written.set_result((store.write_planned(temporary, mine, take, rank=self._group.rank), ""))
+            except OSError as error:
+                written.set_result(({}, _reason(error)))
+            except BaseException as error:
+                written.set_exception(error)
+
+        threading.Thread(target=work, name="neox-save", daemon=True).start()
+
+    def _plans(self) -> list[tuple[list[PlannedFile], Callable[[str], Tensor]]]:
+        """The files of each group of tensors, and what gives a tensor by its name."""
         engine, dtype = self._engine, self._about.dtype
         shapes = engine.objective.model.config.parameter_shapes()
         groups = [("model", [TensorSpec(name, dtype, shapes[name]) for name in engine.names()], engine.weight)]
@@ -124,11 +233,16 @@ class Saver:
                 states = [TensorSpec(MASTER + name, torch.float32, shapes[name]) for name in engine.names()] + states
             if states:
                 groups.append(("optimizer", states, self._optimizer_tensor))
-        return groups
+        writers = self._group.world_size
+        return [(store.plan_files(stem, specs, writers=writers), load) for stem, specs, load in groups]
 
     def _optimizer_tensor(self, name: str) -> Tensor:
         key, _, parameter = name.partition("/")
         return self._engine.master(parameter) if key + "/" == MASTER else self._engine.state(key, parameter)
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or error}"
 
 
 class _Counting:

@@ -163,6 +163,7 @@ def _prepare_and_train(
     try:
         figures = loop.train(work)
     finally:
+        work.saver.close()
         work.report.close()
         for observer in work.observers:
             observer.close()

@@ -30,6 +30,16 @@ class Train:
     keep_last_n_checkpoints: int | None = key(
         None, "Keep the newest n; those of extra_save_iters are kept too.", minimum=1
     )
+    async_save: bool = key(
+        False,
+        "Copy the values to host memory and write a checkpoint while training goes on. The files are the same; a rank "
+        "needs host memory for its share of them. New.",
+    )
+    on_save_error: Literal["stop", "continue"] = key(
+        "stop",
+        "When a checkpoint cannot be written: stop with 74, or warn and train on to the next one. The last one of a "
+        "run always stops it. New.",
+    )
     s3_path: str | None = key(None, "Copy each checkpoint to this s3:// address.")
     s3_chunk_size: int = key(104857600, "Bytes of one part of an upload.", minimum=1)
     load: str | None = key(None, "Checkpoint or run directory to continue from.")
