@@ -13,8 +13,9 @@ from libneox.errors import DataError, UsageError
 from libneox.generation import Engine, Sampling, generate
 from libneox.generation.conversation import Conversation
 from libneox.generation.lookup import Lookup
-from libneox.generation.prepack import LEAST_ROWS, PackedLinear, can_prepack, prepacked
+from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prepack, prepacked
 from libneox.model import Transformer
+from libneox.model.transformer import activate
 from libneox.tokenizer import Tokenizer
 
 Build = Callable[..., Transformer]
@@ -220,9 +221,35 @@ def test_packed_rows_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
     torch.testing.assert_close(whole.double(), exact, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=1e-2)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_kernels_do_behind_a_packed_product(dtype: torch.dtype) -> None:
+    """Activations and sums are those of the plain operations, and no row's depends on the others."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(96, 64).to(dtype), torch.randn(96).to(dtype), torch.randn(33, 64).to(dtype)
+    other, packed = torch.randn(33, 96).to(dtype), PackedLinear(weight, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    close = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    with torch.inference_mode():
+        summed = packed.rows_plus(x, other)
+        torch.testing.assert_close(summed.double(), exact + other.double(), **close)
+        assert torch.equal(packed.rows_plus(x[:LEAST_ROWS], other[:LEAST_ROWS]), summed[:LEAST_ROWS])
+        for name in FUSED:
+            whole = packed.rows(x, name)
+            torch.testing.assert_close(whole.double(), activate(exact, name), **close)
+            assert torch.equal(packed.rows(x[:LEAST_ROWS], name), whole[:LEAST_ROWS])
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "sequential": {"residual": "sequential", "activation": "gelu_tanh"},
+    "one_norm": {"residual": "parallel_tied", "activation": "mish"},
+    "head_norm": {"qk_norm": "head", "num_kv_heads": 2, "activation": "geglu"},
+    "joint_norm": {"qk_norm": "joint", "rotary_pct": 1.0, "apply_query_key_layer_scaling": True},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS | BLOCKS))
 def test_packed_model_equals_the_model(kind: str, noise_model: Build) -> None:
-    model = noise_model(**KINDS[kind])
+    model = noise_model(**(KINDS | BLOCKS)[kind])
     if not can_prepack(model):
         pytest.skip("no packed kernels here")
     ids = torch.randint(0, 258, (2, 9))

@@ -4,18 +4,32 @@
 Decoding is bound by reading the weights once a token, and the plain layout reaches less than half of the memory
 bandwidth there. A packed product of a row is also the same, bit for bit, whatever other rows are in the batch, if there
 are at least `LEAST_ROWS` of them; so that a text does not depend on the batch it was made in.
+
+What remains of a step is the time to launch its small operations, so the kernels take over what they can: the
+activation behind a product, and the residual added to one.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from libneox.model import Transformer
-from libneox.model.transformer import Linear
+from libneox.model import KVCache, Transformer
+from libneox.model.attention import attend
+from libneox.model.transformer import MLP, Attention, Block, Context, Linear, activate
 
 LEAST_ROWS = 4  # fewer rows are not faster, and use other kernels
 PACKED_FOR = 16  # rows the layout is chosen for; good from 4 to 512
+FUSED = {  # activations that the kernels know, and their names for them
+    "identity": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "sigmoid": ("sigmoid", ""),
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
+}
 
 
 class PackedLinear(nn.Module):
@@ -31,12 +45,109 @@ class PackedLinear(nn.Module):
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, self.in_features)
         count = rows.shape[0]
-        if count < LEAST_ROWS:
-            padded = rows.new_zeros(LEAST_ROWS, self.in_features)
-            padded[:count] = rows
-            rows = padded
-        out = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
-        return out[:count].view(*x.shape[:-1], -1)
+        return self.rows(at_least(rows, LEAST_ROWS))[:count].view(*x.shape[:-1], -1)
+
+    def rows(self, x_RI: Tensor, activation: str = "identity") -> Tensor:
+        """[R, in] -> [R, out] with one of `FUSED` behind it; R is at least `LEAST_ROWS`."""
+        name, form = FUSED[activation]
+        return torch.ops.mkldnn._linear_pointwise(x_RI, self.packed, self.bias, name, [], form)
+
+    def rows_plus(self, x_RI: Tensor, other_RO: Tensor) -> Tensor:
+        """The product and `other`, added before the sum is rounded."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x_RI, other_RO, self.packed, self.bias, "add")
+
+
+def at_least(x_RD: Tensor, rows: int) -> Tensor:
+    """[max(R, rows), D]: more rows, of any value, if there are too few."""
+    count = x_RD.shape[0]
+    if count >= rows:
+        return x_RD
+    return x_RD.expand(rows, -1) if count == 1 else F.pad(x_RD, (0, 0, 0, rows - count))
+
+
+class PackedTransformer(Transformer):
+    """A transformer with packed weights; made by `prepacked`. The same arithmetic in fewer operations, on rows [R, D]
+    that stay padded to `LEAST_ROWS` from the first block to the last."""
+
+    def run_blocks(self, x_BTD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        """All blocks: [B, T, D] in and out."""
+        shape = x_BTD.shape
+        count = shape[0] * shape[1]
+        x_RD = at_least(x_BTD.reshape(count, -1), LEAST_ROWS).contiguous()
+        turn = None if context.rotary is None else _turn(*context.rotary, self.dtype if cache is None else cache.dtype)
+        for block in self.layers:
+            x_RD = _block(block, x_RD, context, turn, cache, (shape[0], shape[1]))  # type: ignore[arg-type]
+        return x_RD[:count].view(shape)
+
+
+Turn = tuple[Tensor, Tensor]  # what to multiply pairs, and swapped pairs, with: [(B,) T, 1, 2, R/2]
+
+
+def _turn(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Turn:
+    return torch.stack((cos, cos), dim=-2).to(dtype), torch.stack((-sin, sin), dim=-2).to(dtype)
+
+
+def _rotate_(x_BTNH: Tensor, turn: Turn) -> None:
+    """`libneox.model.positions.rotate` in place."""
+    straight, swapped = turn
+    pairs = x_BTNH[..., : 2 * straight.shape[-1]].unflatten(-1, (2, -1))
+    other = pairs.flip(-2)
+    pairs.mul_(straight).addcmul_(other, swapped)
+
+
+def _block(
+    block: Block, x_RD: Tensor, context: Context, turn: Turn | None, cache: KVCache | None, shape: tuple[int, int]
+) -> Tensor:
+    """`Block.forward` on rows."""
+    normed_RD = block.attn_norm(x_RD)
+    attended_RD = _attention(block.attn, normed_RD, x_RD, context, turn, cache, shape)
+    if block.residual == "sequential":
+        normed_RD = block.mlp_norm(attended_RD)
+    elif block.residual == "parallel":
+        normed_RD = block.mlp_norm(x_RD)
+    return _mlp(block.mlp, normed_RD, attended_RD)
+
+
+def _attention(
+    attn: Attention,
+    normed_RD: Tensor,
+    x_RD: Tensor,
+    context: Context,
+    turn: Turn | None,
+    cache: KVCache | None,
+    shape: tuple[int, int],
+) -> Tensor:
+    """x and its attention, added."""
+    qkv = attn.qkv.rows(normed_RD)[: shape[0] * shape[1]].view(*shape, -1, attn.head_dim)
+    dtype = qkv.dtype
+    if cache is not None and cache.dtype != dtype:
+        qkv = qkv.to(cache.dtype)
+    heads = qkv.shape[2]
+    kv_heads = heads // (attn.queries_per_kv + 2)
+    qk, v_BTKH = qkv.split([heads - kv_heads, kv_heads], dim=2)
+    if attn.qk_norm_kind != "none":
+        qk = attn.normalise(*qk.split([heads - 2 * kv_heads, kv_heads], dim=2))
+    if turn is not None:
+        _rotate_(qk, turn)
+    q_BTNH, k_BTKH = qk.split([heads - 2 * kv_heads, kv_heads], dim=2)
+    k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    if cache is not None:
+        k_BKSH, v_BKSH = cache.update(attn.index, k_BKSH, v_BKSH)
+    mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, context.pattern, scale=attn.scale)
+    mixed_RD = at_least(mixed_BTNH.reshape(shape[0] * shape[1], -1).to(dtype), x_RD.shape[0])
+    return attn.out.rows_plus(mixed_RD, x_RD)
+
+
+def _mlp(mlp: MLP, normed_RD: Tensor, x_RD: Tensor) -> Tensor:
+    """x and the MLP of its norm, added."""
+    if mlp.gated:
+        up_RF, gate_RF = mlp.up.rows(normed_RD).chunk(2, dim=-1)
+        inner_RF = activate(gate_RF, mlp.activation) * up_RF
+    elif mlp.activation in FUSED:
+        inner_RF = mlp.up.rows(normed_RD, mlp.activation)
+    else:
+        inner_RF = activate(mlp.up.rows(normed_RD), mlp.activation)
+    return mlp.down.rows_plus(inner_RF, x_RD)
 
 
 def can_prepack(model: Transformer) -> bool:
@@ -61,13 +172,13 @@ def _cpu_flags() -> str:
         return ""
 
 
-def prepacked(model: Transformer) -> Transformer:
+def prepacked(model: Transformer) -> PackedTransformer:
     """A model that computes the same with packed weights; everything but the linear maps is shared with `model`.
 
     Drop `model` afterwards to free the plain weights.
     """
     with torch.device("meta"):
-        packed = Transformer(model.config).eval()
+        packed = PackedTransformer(model.config).eval()
     packed.attention, packed.slopes = model.attention, model.slopes
     for name, module in model.named_modules():
         path, _, leaf = name.rpartition(".")

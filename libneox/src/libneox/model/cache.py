@@ -58,10 +58,11 @@ class KVCache:
             columns = self.start + torch.arange(k_BKTH.shape[2], device=keys.device)
             k_BKTH, v_BKTH = k_BKTH.to(self.dtype), v_BKTH.to(self.dtype)
             return keys.index_copy_(2, columns, k_BKTH), values.index_copy_(2, columns, v_BKTH)
-        end = self.length + k_BKTH.shape[2]
-        keys[:, :, self.length : end] = k_BKTH
-        values[:, :, self.length : end] = v_BKTH
-        return keys[:, :, :end], values[:, :, :end]
+        count = k_BKTH.shape[2]
+        keys.narrow(2, self.length, count).copy_(k_BKTH)
+        values.narrow(2, self.length, count).copy_(v_BKTH)
+        end = self.length + count
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     @property
     def bytes_per_column(self) -> int:

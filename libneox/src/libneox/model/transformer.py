@@ -136,13 +136,14 @@ class Attention(nn.Module):
         kv_heads = qkv.shape[2] // (self.queries_per_kv + 2)
         qk, v_BTKH = qkv.split([qkv.shape[2] - kv_heads, kv_heads], dim=2)
         if self.qk_norm_kind != "none":
-            qk = self._normalise(*qk.split([qk.shape[2] - kv_heads, kv_heads], dim=2))
+            qk = self.normalise(*qk.split([qk.shape[2] - kv_heads, kv_heads], dim=2))
         if context.rotary is not None:
             qk = rotate(qk, *context.rotary)
         q_BTNH, k_BTKH = qk.split([qk.shape[2] - kv_heads, kv_heads], dim=2)
         return q_BTNH, k_BTKH, v_BTKH
 
-    def _normalise(self, q_BTNH: Tensor, k_BTKH: Tensor) -> Tensor:
+    def normalise(self, q_BTNH: Tensor, k_BTKH: Tensor) -> Tensor:
+        """Apply the QK-norm: queries and keys, one behind the other."""
         if self.qk_norm_kind == "joint":  # one set of weights for both
             return torch.cat((self.qk_norm(q_BTNH), self.qk_norm(k_BTKH)), dim=2)
         return torch.cat((self.q_norm(q_BTNH), self.k_norm(k_BTKH)), dim=2)
@@ -279,11 +280,16 @@ class Transformer(nn.Module):
             cache.room_for(ids_BT.shape[1])
         context = self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
         x_BTD = self.embedded(ids_BT, positions_BT=positions_BT, cache=cache)
-        for block in self.layers:
-            x_BTD = block(x_BTD, context, cache)
+        x_BTD = self.run_blocks(x_BTD, context, cache)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.normed(x_BTD)
+
+    def run_blocks(self, x_BTD: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        """All blocks: [B, T, D] in and out."""
+        for block in self.layers:
+            x_BTD = block(x_BTD, context, cache)
+        return x_BTD
 
     def embedded(self, ids_BT: Tensor, *, positions_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Embed tokens and, where the model adds them, positions: [B, T, D], the first block's input."""
