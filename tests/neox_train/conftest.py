@@ -154,11 +154,12 @@ def train_apart(command_env: dict[str, str], tmp_path: Path) -> Train:
         ranks: int = 1,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        script: Path | None = None,
         timeout: float = 120,
         code: int | None = 0,
     ) -> Finished:
         done = subprocess.run(
-            command(args, ranks),
+            command(args, ranks, script),
             capture_output=True,
             text=True,
             cwd=cwd or tmp_path,
@@ -173,22 +174,35 @@ def train_apart(command_env: dict[str, str], tmp_path: Path) -> Train:
     return run
 
 
-def command(args: Sequence[str | Path], ranks: int = 1) -> list[str]:
-    """The command line of neox-train on some ranks of this host."""
-    words = [str(arg) for arg in args]
+def command(args: Sequence[str | Path], ranks: int = 1, script: Path | None = None) -> list[str]:
+    """The command line of neox-train (or of a `script` that changes it) on some ranks of this host."""
+    words = ["-m", "neox_train"] if script is None else [str(script)]
+    words += [str(arg) for arg in args]
     if ranks == 1:
-        return [sys.executable, "-m", "neox_train", *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "neox_train"]
-    return [sys.executable, *launcher, *words]
+        return [sys.executable, *words]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Path]:
+    """A program that is neox-train after some lines of Python have changed it."""
+
+    def write(*lines: str) -> Path:
+        path = tmp_path / "changed.py"
+        head = "import os, signal, sys, time", "import torch", "from neox_train import cli, loop, saving, session"
+        path.write_text("\n".join([*head, *lines, "cli.main()"]))
+        return path
+
+    return write
 
 
 @pytest.fixture
 def start(command_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start neox-train and leave it running."""
 
-    def begin(*args: str | Path, ranks: int = 1, **more: Any) -> subprocess.Popen[str]:
+    def begin(*args: str | Path, ranks: int = 1, script: Path | None = None, **more: Any) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        return subprocess.Popen(command(args, ranks), **(pipes | {"env": command_env} | more))
+        return subprocess.Popen(command(args, ranks, script), **(pipes | {"env": command_env} | more))
 
     return begin
 

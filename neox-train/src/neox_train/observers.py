@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from libneox.config import NeoxConfig
+from libneox.errors import UsageError
+from libneox.parallel.group import Group
+from libneox.parallel.mesh import Mesh
 from neox_train.steps import Engine
 
 
@@ -23,3 +27,19 @@ class Observer:
 
     def close(self) -> None:
         """The run is over, or has failed."""
+
+
+def build_observers(config: NeoxConfig, group: Group, mesh: Mesh) -> list[Observer]:
+    """The observers a configuration asks for, on every rank the same.
+
+    Raises:
+        UsageError: it asks for what cannot be seen in this layout.
+    """
+    observers: list[Observer] = []
+    if every := config.train.replica_check_interval:
+        if config.zero_stage == 3:
+            raise UsageError("replica_check_interval: ZeRO stage 3 keeps no copies to compare; remove it")
+        from neox_train.replicas import ReplicaCheck
+
+        observers.append(ReplicaCheck(group, mesh, every))
+    return observers

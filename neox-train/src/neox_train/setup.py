@@ -21,6 +21,7 @@ from neox_train import loop
 from neox_train.batches import Batches, batches_of
 from neox_train.engines import DTYPES, build_engine, restore, runs_plain
 from neox_train.inputs import check_same_data, find_tokenizer, open_data, resolve_model
+from neox_train.observers import build_observers
 from neox_train.report import Report, measured_tflops
 from neox_train.resume import Start, run_path, stored_config
 from neox_train.saving import Description, Saver
@@ -113,6 +114,7 @@ def prepare(
         stop,
         saved,
         mark,
+        build_observers(config, group, mesh),
     )
 
 

@@ -22,7 +22,7 @@ NEW = {
     "ffn_hidden_size", "head_dim", "vocab_size", "padded_vocab_size", "use_bias_in_qkv", "use_bias_in_attn_out",
     "rope_scaling", "qk_norm", "qk_norm_groups", "mup_base_hidden_size", "tokenizer", "order", "document_mask",
     "reset_position_ids", "wsd_decay_fraction", "wsd_decay_style", "engine",
-    "async_save", "on_save_error",
+    "async_save", "on_save_error", "replica_check_interval",
 }  # fmt: skip
 SPECIAL = {  # values that pass the checks across keys
     "attention_config": [[["flash"], 2]],

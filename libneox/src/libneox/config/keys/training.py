@@ -40,6 +40,12 @@ class Train:
         "When a checkpoint cannot be written: stop with 74, or warn and train on to the next one. The last one of a "
         "run always stops it. New.",
     )
+    replica_check_interval: int | None = key(
+        None,
+        "Every so many steps compare the weights that data-parallel ranks hold, and end with 81, naming the rank, if one "
+        "differs. Not with ZeRO stage 3, which keeps no copies. New.",
+        minimum=1,
+    )
     s3_path: str | None = key(None, "Copy each checkpoint to this s3:// address.")
     s3_chunk_size: int = key(104857600, "Bytes of one part of an upload.", minimum=1)
     load: str | None = key(None, "Checkpoint or run directory to continue from.")
