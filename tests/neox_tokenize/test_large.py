@@ -30,7 +30,7 @@ def feed(process: subprocess.Popen[bytes], megabytes: int) -> None:
 
 def tokenize_line(megabytes: int, report: Path, *options: str) -> tuple[int, str]:
     """Exit code and stderr of `neox-tokenize` over one line; its peak memory (bytes) is in `report`."""
-    command = measured([sys.executable, "-m", "neox_tokenize", "--tokenizer", "bytes", *options], report)
+    command = measured([sys.executable, "-m", "neox_tokenize", *options], report)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     feeder = threading.Thread(target=feed, args=(process, megabytes))
     feeder.start()
@@ -41,17 +41,22 @@ def tokenize_line(megabytes: int, report: Path, *options: str) -> tuple[int, str
 
 
 @pytest.mark.slow
-def test_a_line_of_100_megabytes(tmp_path: Path) -> None:
-    code, message = tokenize_line(100, tmp_path / "peak")
+@pytest.mark.parametrize("engine", ["bytes", "gigatoken"])
+def test_a_line_of_100_megabytes(tmp_path: Path, request: pytest.FixtureRequest, engine: str) -> None:
+    tokenizer = "bytes"
+    if engine == "gigatoken":
+        tokenizer = str(request.getfixturevalue("tokenizers_folder") / "20B_tokenizer.json")
+    code, message = tokenize_line(100, tmp_path / "peak", "--tokenizer", tokenizer)
     assert code == 0, message
+    assert f"engine {engine}" in message
     peak = int((tmp_path / "peak").read_text())
-    print(f"A-13: {peak / MEGABYTE:.0f} MB for a line of 100 MB")
+    print(f"A-13: {peak / MEGABYTE:.0f} MB for a line of 100 MB, engine {engine}")
     assert peak <= 6 * 100 * MEGABYTE
 
 
 @pytest.mark.slow
 def test_a_line_over_a_gibibyte_is_refused_by_its_number(tmp_path: Path) -> None:
-    code, message = tokenize_line(1100, tmp_path / "peak", "--max-doc-bytes", "1G")
+    code, message = tokenize_line(1100, tmp_path / "peak", "--tokenizer", "bytes", "--max-doc-bytes", "1G")
     assert code == 65
     assert "stdin:1:" in message
     assert "--max-doc-bytes" in message

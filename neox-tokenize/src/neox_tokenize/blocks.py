@@ -35,7 +35,7 @@ class Block:
     kind: str
     unit: str
     first: int
-    records: Sequence[bytes] | Sequence[Mapping[str, Any]]
+    records: list[bytes] | list[Mapping[str, Any]]
     names: Sequence[str] | None = None
 
     def where(self, index: int) -> str:

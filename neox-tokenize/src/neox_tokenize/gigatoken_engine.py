@@ -96,9 +96,8 @@ class GigatokenEngine:
     def _fast(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         import numpy as np
 
-        encoded = [text.encode() for text in texts]
         with self._lock:
-            layout = self._backend.encode_batch(encoded, parallel=self._parallel).layout
+            layout = self._backend.encode_batch(list(texts), parallel=self._parallel).layout
         return np.asarray(layout.content.data).astype(self._dtype), np.diff(np.asarray(layout.offsets.data))
 
     def _merge(self, texts: Sequence[str], odd: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

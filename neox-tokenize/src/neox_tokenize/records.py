@@ -73,7 +73,10 @@ class Reader:
         self._decode = None if rules.neox else _fast_decoder(self._paths)
 
     def texts(self, block: Block) -> tuple[list[list[str]], list[Reject]]:
-        """The texts of a block, one list for each key, all as long as there are documents; and what was left out."""
+        """The texts of a block, one list for each key, all as long as there are documents; and what was left out.
+
+        Takes the records out of the block: a line of gigabytes need not stay beside its text.
+        """
         columns: list[list[str]] = [[] for _ in self._paths]
         rejects: list[Reject] = []
         for index, record in enumerate(block.records):
@@ -88,6 +91,7 @@ class Reader:
                 continue
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
+        block.records.clear()
         return columns, rejects
 
     def values(self, block: Block, keys: Sequence[str]) -> tuple[list[tuple[int, list[Any]]], list[Reject]]:
