@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from libneox.model import loss as loss_module
-from libneox.model.loss import chunk_rows, linear_cross_entropy, token_losses
+from libneox.model import products
+from libneox.model.loss import equal_parts, linear_cross_entropy, token_losses
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,10 +31,16 @@ def plain(
     return (each * mask).sum() / mask.sum()
 
 
+def limit(monkeypatch: pytest.MonkeyPatch, rows: int, block: int = 100) -> None:
+    """Chunks of so many float32 rows, blocks of so many."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cuda": rows * 4 * 11})
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", {"cuda": block * 4 * 11})
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-@pytest.mark.parametrize("rows", [1, 4, 100])
-def test_value_and_gradients(rows: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * 4 * 11)
+@pytest.mark.parametrize(("rows", "block"), [(1, 1), (4, 100), (4, 2), (100, 100), (100, 4)])
+def test_value_and_gradients(rows: int, block: int, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, rows, block)
     hidden, weight, labels, mask = inputs()
     expected = plain(hidden, weight, labels, mask, z_loss)
     expected_grads = torch.autograd.grad(expected * 3, (hidden, weight))
@@ -59,9 +66,9 @@ def test_nothing_to_learn_is_zero_and_not_nan() -> None:
     assert not hidden.grad.any()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 100])
-def test_token_losses(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * 4 * 11)
+@pytest.mark.parametrize(("rows", "block"), [(1, 1), (4, 2), (100, 100)])
+def test_token_losses(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, rows, block)
     hidden, weight, labels, mask = inputs()
     each = token_losses(hidden, weight, labels)
     logits = hidden @ weight.T
@@ -72,7 +79,8 @@ def test_token_losses(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bfloat16_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 2 * 4 * 11)
+    limit(monkeypatch, 2)
+    monkeypatch.setattr(loss_module, "SUM_ROWS", 4)
     hidden, weight, labels, mask = inputs(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, labels, mask)
     assert loss.dtype == torch.float32
@@ -91,8 +99,26 @@ def test_same_bits_twice() -> None:
     assert torch.equal(*grads)
 
 
-def test_chunks_are_bounded_and_level() -> None:
-    rows = chunk_rows(16384, 50304)
-    assert rows * 4 * 50304 <= loss_module.CHUNK_BYTES
-    assert -(-16384 // rows) * rows - 16384 < -(-16384 // rows)  # the last chunk is shorter by less than a row each
-    assert chunk_rows(3, 10**9) == 1
+def test_parts_are_bounded_and_level() -> None:
+    sizes = [part.stop - part.start for part in equal_parts(16384, 300)]
+    assert sum(sizes) == 16384
+    assert max(sizes) <= 300
+    assert len(set(sizes[:-1])) == 1
+    assert sizes[0] - sizes[-1] < len(sizes)
+    assert [part.stop for part in equal_parts(3, 0)] == [1, 2, 3]
+    assert list(equal_parts(0, 5)) == []
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+def test_onednn_products_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
+    hidden, weight, labels, mask = inputs()
+    expected = linear_cross_entropy(hidden, weight, labels, mask)
+    grads = torch.autograd.grad(expected, (hidden, weight))
+    try:
+        assert products.use_onednn(True)
+        loss = linear_cross_entropy(hidden, weight, labels, mask)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), grads)
+    finally:
+        assert not products.use_onednn(False)

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-entropy that owns the head and never holds all logits.
 
-The head's product, the softmax and both gradients are worked off a few positions at a time, in a fixed order: the
+The head's product, the softmax and both gradients are worked off a chunk of positions at a time, in a fixed order: the
 result is deterministic, and memory for logits is bounded by `CHUNK_BYTES` whatever batch, length and vocabulary are.
+A product wants many positions at once; the softmax, which reads its float32 logits again and again, as few as a cache
+holds: it takes the chunk in blocks of `BLOCK_BYTES`.
 
-Suffixes: M positions (B x T flattened), C positions of a chunk, D hidden size, V padded vocabulary.
+Suffixes: M positions (B x T flattened), C positions of a chunk or block, D hidden size, V padded vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 32 << 20
+from libneox.model.products import product
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits in the weights' dtype
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of logits in float32
+SUM_ROWS = 2048  # rows of the head's gradient added at a time
 IGNORE = -100
 
 
@@ -25,9 +32,12 @@ class Vocabulary:
         """The row of each label, and 1.0 where it is among the rows at hand, 0.0 where not (the row is any then)."""
         return labels_M, torch.ones_like(labels_M, dtype=torch.float32)
 
-    def reduce(self, logits_CV: Tensor, rows_C1: Tensor, held_C1: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over the whole vocabulary and the label's logit, each float32 [C, 1]."""
-        return logits_CV.logsumexp(-1, keepdim=True), logits_CV.gather(-1, rows_C1)
+    def reduce(self, lse_C1: Tensor, target_C1: Tensor, held_C1: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over the whole vocabulary and the label's logit, from those of the rows at hand; float32 [C, 1].
+
+        May overwrite its arguments, and may be a collective.
+        """
+        return lse_C1, target_C1
 
 
 ALL = Vocabulary()
@@ -78,11 +88,27 @@ def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, vo
     return torch.where(labels_BT == IGNORE, 0.0, losses.view(labels_BT.shape))
 
 
-def chunk_rows(positions: int, vocabulary: int) -> int:
-    """Positions worked off at a time: their float32 logits fill about CHUNK_BYTES. Equal sizes but for the last one."""
-    most = max(1, CHUNK_BYTES // (4 * vocabulary))
-    chunks = -(-positions // most)
-    return -(-positions // max(chunks, 1))
+def equal_parts(positions: int, most: int) -> Iterator[slice]:
+    """Cut positions into parts of `most` or fewer, all of one size but for the last."""
+    count = -(-positions // max(most, 1))
+    size = -(-positions // max(count, 1))
+    for begin in range(0, positions, max(size, 1)):
+        yield slice(begin, min(begin + size, positions))
+
+
+def _chunks(hidden_MD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
+    most = _limit(CHUNK_BYTES, hidden_MD) // (weight_VD.dtype.itemsize * len(weight_VD))
+    return equal_parts(len(hidden_MD), most)
+
+
+def _blocks(logits_CV: Tensor, vocabulary: Vocabulary) -> Iterator[slice]:
+    if vocabulary is not ALL:  # a collective for each block would be too many
+        return equal_parts(len(logits_CV), len(logits_CV))
+    return equal_parts(len(logits_CV), _limit(BLOCK_BYTES, logits_CV) // (4 * logits_CV.shape[1]))
+
+
+def _limit(table: dict[str, int], like: Tensor) -> int:
+    return table.get(like.device.type, table["cuda"])
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -100,27 +126,28 @@ class _WeightedLoss(torch.autograd.Function):
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_MD) if need_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        d_weight = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
         rows_M, held_M = vocabulary.find(labels_M)
-        size = chunk_rows(len(labels_M), len(weight_VD))
-        for begin in range(0, len(labels_M), max(size, 1)):
-            part = slice(begin, begin + size)
+        for part in _chunks(hidden_MD, weight_VD):
             rows_C, held_C, weights_C = rows_M[part, None], held_M[part, None], weights_M[part, None]
-            logits_CV = (hidden_MD[part] @ weight_VD.T).float()
-            lse_C, target_C = vocabulary.reduce(logits_CV, rows_C, held_C)
-            loss += (weights_C * (lse_C - target_C + z_loss * lse_C.square())).sum()
-            if not (need_hidden or need_weight):
-                continue
-            d_CV = logits_CV.sub_(lse_C).exp_()  # probabilities, where the logits were
-            d_CV.mul_(weights_C * (1 + 2 * z_loss * lse_C))
-            d_CV.scatter_add_(-1, rows_C, -weights_C * held_C)
-            d_CV = d_CV.to(hidden_MD.dtype)
+            logits_CV = product(hidden_MD[part], weight_VD)
+            for block in _blocks(logits_CV, vocabulary):
+                here = logits_CV[block]
+                exp_CV, max_C, lse_C, target_C = _softmax(here, rows_C[block], held_C[block], vocabulary)
+                loss += (weights_C[block] * (lse_C - target_C + z_loss * lse_C.square())).sum()
+                if need_hidden or need_weight:
+                    slope_C = weights_C[block] * (1 + 2 * z_loss * lse_C)
+                    exp_CV.mul_(slope_C * (max_C - lse_C).exp())
+                    exp_CV.scatter_add_(-1, rows_C[block], -weights_C[block] * held_C[block])
+                    _put_back(here, exp_CV)
             if d_hidden is not None:
-                torch.mm(d_CV, weight_VD, out=d_hidden[part])
-            if d_weight is not None:
-                _add_product(d_weight, d_CV, hidden_MD[part])
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight_VD.dtype))
+                torch.mm(logits_CV, weight_VD, out=d_hidden[part])
+            if need_weight:
+                d_weight = _add_product(d_weight, logits_CV, hidden_MD[part])
+        if need_weight:
+            d_weight = torch.zeros_like(weight_VD) if d_weight is None else d_weight.to(weight_VD.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
     @staticmethod
@@ -137,13 +164,13 @@ class _TokenLosses(torch.autograd.Function):
         losses_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_MD.device)
         lse_M = torch.empty_like(losses_M)
         rows_M, held_M = vocabulary.find(labels_M)
-        size = chunk_rows(len(labels_M), len(weight_VD))
-        for begin in range(0, len(labels_M), max(size, 1)):
-            part = slice(begin, begin + size)
-            logits_CV = (hidden_MD[part] @ weight_VD.T).float()
-            lse_C, target_C = vocabulary.reduce(logits_CV, rows_M[part, None], held_M[part, None])
-            lse_M[part] = lse_C.squeeze(-1)
-            losses_M[part] = (lse_C - target_C).squeeze(-1)
+        for part in _chunks(hidden_MD, weight_VD):
+            rows_C, held_C = rows_M[part, None], held_M[part, None]
+            logits_CV = product(hidden_MD[part], weight_VD)
+            for block in _blocks(logits_CV, vocabulary):
+                _, _, lse_C, target_C = _softmax(logits_CV[block], rows_C[block], held_C[block], vocabulary)
+                lse_M[part][block] = lse_C.squeeze(-1)
+                losses_M[part][block] = (lse_C - target_C).squeeze(-1)
         ctx.save_for_backward(hidden_MD, weight_VD, rows_M, held_M, lse_M)
         return losses_M
 
@@ -152,27 +179,53 @@ class _TokenLosses(torch.autograd.Function):
         hidden_MD, weight_VD, rows_M, held_M, lse_M = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden_MD) if need_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-        size = chunk_rows(len(lse_M), len(weight_VD))
-        for begin in range(0, len(lse_M), max(size, 1)):
-            part = slice(begin, begin + size)
-            d_CV = (hidden_MD[part] @ weight_VD.T).float().sub_(lse_M[part, None]).exp_()
-            d_CV.scatter_add_(-1, rows_M[part, None], -held_M[part, None])
-            d_CV = d_CV.mul_(grads[0][part, None]).to(hidden_MD.dtype)
+        d_weight = None
+        for part in _chunks(hidden_MD, weight_VD):
+            lse_C, grads_C, rows_C, held_C = (x[part, None] for x in (lse_M, grads[0], rows_M, held_M))
+            logits_CV = product(hidden_MD[part], weight_VD)
+            for block in _blocks(logits_CV, ALL):
+                d_CV = logits_CV[block].float().sub_(lse_C[block]).exp_()
+                d_CV.scatter_add_(-1, rows_C[block], -held_C[block])
+                _put_back(logits_CV[block], d_CV.mul_(grads_C[block]))
             if d_hidden is not None:
-                torch.mm(d_CV, weight_VD, out=d_hidden[part])
-            if d_weight is not None:
-                _add_product(d_weight, d_CV, hidden_MD[part])
+                torch.mm(logits_CV, weight_VD, out=d_hidden[part])
+            if need_weight:
+                d_weight = _add_product(d_weight, logits_CV, hidden_MD[part])
         return d_hidden, None if d_weight is None else d_weight.to(weight_VD.dtype), None, None
 
 
-def _add_product(sum_VD: Tensor, d_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum += d.T @ hidden, summed in float32 whatever the factors are."""
+def _softmax(
+    logits_CV: Tensor, rows_C1: Tensor, held_C1: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(logits - max), max, log-sum-exp and the label's logit, all float32. float32 logits are overwritten."""
+    values_CV = logits_CV.float()
+    target_C1 = values_CV.gather(-1, rows_C1)
+    max_C1 = values_CV.amax(-1, keepdim=True)
+    exp_CV = values_CV.sub_(max_C1).exp_()
+    lse_C1 = max_C1 + exp_CV.sum(-1, keepdim=True).log()
+    return exp_CV, max_C1, *vocabulary.reduce(lse_C1, target_C1, held_C1)
+
+
+def _put_back(logits_CV: Tensor, d_CV: Tensor) -> None:
+    """The gradient where the logits were; float32 ones are there already."""
+    if logits_CV.dtype != d_CV.dtype:
+        logits_CV.copy_(d_CV)
+
+
+def _add_product(sum_VD: Tensor | None, d_CV: Tensor, hidden_CD: Tensor) -> Tensor:
+    """sum + d.T @ hidden, summed in float32 whatever the factors are; a single product stays in their dtype."""
+    if sum_VD is None:
+        return d_CV.T @ hidden_CD
     if d_CV.dtype == torch.float32:
-        sum_VD.addmm_(d_CV.T, hidden_CD)
-    else:
-        sum_VD += d_CV.T @ hidden_CD
+        return sum_VD.addmm_(d_CV.T, hidden_CD)
+    sum_VD = sum_VD.float()
+    added_VD = d_CV.T @ hidden_CD
+    for some, more in zip(sum_VD.split(SUM_ROWS), added_VD.split(SUM_ROWS), strict=True):
+        some += more  # mixed dtypes go through a copy, which is best kept in the cache
+    return sum_VD
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient * factor.to(gradient.dtype)
+    if gradient is None or (factor.device.type == "cpu" and float(factor) == 1.0):
+        return gradient
+    return gradient * factor.to(gradient.dtype)

@@ -22,6 +22,7 @@ from libneox.errors import UsageError
 from libneox.model.attention import Backend, Pattern, Visibility, attend, make_pattern
 from libneox.model.cache import KVCache
 from libneox.model.positions import alibi_slopes, rotary_table, rotate, rpe_buckets, sinusoids, slopes_on
+from libneox.model.products import linear
 from libneox.model_config import GATED, PLAIN, ModelConfig
 
 Rotary = tuple[Tensor, Tensor]
@@ -39,6 +40,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Do nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -211,7 +216,10 @@ class Transformer(nn.Module):
         config: what it was built from.
         attention: backend of `libneox.model.attention`, may be changed at any time.
         slopes: ALiBi slopes of the query heads held here (all of them, unless sharded).
+        is_first, is_last: whether the embedding, and the final norm with the head, are here (`libneox.model.part`).
     """
+
+    is_first = is_last = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()

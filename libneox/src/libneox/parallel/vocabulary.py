@@ -26,9 +26,8 @@ class SharedVocabulary(Vocabulary):
         held_M = (rows_M >= 0) & (rows_M < self._rows)
         return rows_M.where(held_M, 0), held_M.float()
 
-    def reduce(self, logits_CV: Tensor, rows_C1: Tensor, held_C1: Tensor) -> tuple[Tensor, Tensor]:
+    def reduce(self, lse_C1: Tensor, target_C1: Tensor, held_C1: Tensor) -> tuple[Tensor, Tensor]:
         """See `libneox.model.loss.Vocabulary`; a collective."""
-        target_C1 = logits_CV.gather(-1, rows_C1) * held_C1
-        mine_C2 = torch.cat((logits_CV.logsumexp(-1, keepdim=True), target_C1), dim=-1)
+        mine_C2 = torch.cat((lse_C1, target_C1 * held_C1), dim=-1)
         all_RC2 = self._shard.collected(mine_C2)
         return all_RC2[..., :1].logsumexp(0), all_RC2[..., 1:].sum(0)
