@@ -118,6 +118,26 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     assert rd.resolve_checkpoint(tmp_path / "hf").kind == "hf"
 
 
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "layer_00-model_00-model_states.pt"])
+def test_checkpoints_of_gpt_neox_are_known_by_their_files(tmp_path: Path, name: str) -> None:
+    step = tmp_path / "global_step7"
+    step.mkdir()
+    (step / name).touch()
+    (tmp_path / "latest").write_text("global_step7")
+    for arg, path in ((tmp_path, tmp_path), (tmp_path / "latest", tmp_path), (step, step)):
+        assert rd.resolve_checkpoint(arg) == rd.CheckpointRef(path, "legacy", None)
+    (tmp_path / "config.json").write_text("{}")  # DeepSpeed under transformers' Trainer leaves global_stepN as well
+    assert rd.resolve_checkpoint(tmp_path).kind == "hf"
+    make_step(tmp_path, 1)
+    assert rd.resolve_checkpoint(tmp_path).kind == "neox"
+
+
+def test_a_file_of_another_name_is_no_checkpoint_of_gpt_neox(tmp_path: Path) -> None:
+    (tmp_path / "mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(InputMissing, match="holds no checkpoint"):
+        rd.resolve_checkpoint(tmp_path)
+
+
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     step = make_step(tmp_path, 1)
     record = rd.record_file(step / "model")

@@ -168,6 +168,17 @@ def test_load_from_another_run(train, config, losses, tmp_path: Path) -> None:
     assert "starting afresh" in done.stderr
 
 
+def test_checkpoints_of_gpt_neox_are_not_passed_over(train, config, tmp_path: Path) -> None:
+    """Neither as `load` nor where `save` points to: training afresh there would look like continuing."""
+    step = tmp_path / "old" / "global_step7"
+    step.mkdir(parents=True)
+    (step / "mp_rank_00_model_states.pt").touch()
+    old = str(tmp_path / "old")
+    for name, places in (("a.yml", {"load": old}), ("b.yml", {"load": old, "save": old}), ("c.yml", {"save": old})):
+        assert f"neox-convert from-neox {old} RUN" in train(config(name, **places), code=66).stderr
+
+
+
 def test_a_longer_run_goes_on(train, config, losses, tmp_path: Path) -> None:
     train(config(lr_decay_iters=12), "-q")
     before = losses(tmp_path / "RUN")

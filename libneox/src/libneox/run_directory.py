@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 from libneox.errors import DataError, InputMissing, IntegrityError, OutputExists
 from libneox.files import fsync_directory, sha256_file, write_text
+from libneox.legacy import is_legacy
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yml"
@@ -121,10 +122,10 @@ def _canonical(value: Any) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """Where a CKPT argument led: one step directory of ours, or a Hugging Face model directory."""
+    """Where a CKPT argument led: one step directory of ours, a Hugging Face model directory, or one of GPT-NeoX."""
 
     path: Path
-    kind: Literal["neox", "hf"]
+    kind: Literal["neox", "hf", "legacy"]
     step: int | None
     manifest: Manifest | None = None
 
@@ -187,7 +188,7 @@ def newest_verified(run: str | os.PathLike[str], *, warn: Warn | None = None) ->
     Raises:
         IntegrityError: there are steps and none verifies.
     """
-    warn = warn or _warn
+    warn = warn or print_warning
     steps = list_steps(run)
     for step in reversed(steps):
         path = step_path(run, step)
@@ -204,7 +205,8 @@ def resolve_checkpoint(arg: str | os.PathLike[str], *, warn: Warn | None = None)
     """Find what a CKPT argument means, and verify it.
 
     RUN and RUN/latest are the newest step of the run that verifies; RUN/step_N (or a step directory under any other
-    name) is itself; a directory with `config.json` is a Hugging Face model.
+    name) is itself; a directory with `config.json` is a Hugging Face model; one with the files of GPT-NeoX (see
+    `libneox.legacy`) is a checkpoint of it.
 
     Raises:
         InputMissing: nothing there, or nothing in it that is a checkpoint.
@@ -212,6 +214,8 @@ def resolve_checkpoint(arg: str | os.PathLike[str], *, warn: Warn | None = None)
     """
     path = Path(arg)
     if path.name == LATEST and not (path / MANIFEST).is_file() and path.parent.is_dir():
+        if is_legacy(path.parent):
+            return CheckpointRef(path.parent, "legacy", None)
         return _newest(path.parent, arg, warn)  # a text file, a dangling link, or a link to something damaged
     if path.is_file():
         raise InputMissing(f"{path}: is a file; give a run directory, RUN/step_N or a Hugging Face model directory")
@@ -226,7 +230,9 @@ def resolve_checkpoint(arg: str | os.PathLike[str], *, warn: Warn | None = None)
         return _newest(path, arg, warn)
     if (path / "config.json").is_file():
         return CheckpointRef(path, "hf", None)
-    raise InputMissing(f"{path}: holds no checkpoint (no step_N directory, {MANIFEST} or config.json)")
+    if is_legacy(path):
+        return CheckpointRef(path, "legacy", None)
+    raise InputMissing(f"{path}: holds no checkpoint (no step_N directory, {MANIFEST}, config.json or global_stepN)")
 
 
 def _newest(run: Path, arg: str | os.PathLike[str], warn: Warn | None) -> CheckpointRef:
@@ -236,7 +242,8 @@ def _newest(run: Path, arg: str | os.PathLike[str], warn: Warn | None) -> Checkp
     return ref
 
 
-def _warn(message: str) -> None:
+def print_warning(message: str) -> None:
+    """Say something on stderr, for callers that gave no `warn`."""
     print(f"libneox: warning: {message}", file=sys.stderr, flush=True)
 
 

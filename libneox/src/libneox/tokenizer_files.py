@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 from libneox.errors import DataError, InputMissing
+from libneox.legacy import is_legacy, stored_tokenizer
 
 CHARLEVEL = "charlevel"
-# In a directory, in this order. A run's newest checkpoint is found through its `latest`.
+# In a directory, in this order. A run's newest checkpoint is found through its `latest`; the configuration in a checkpoint
+# of GPT-NeoX may name a file.
 NAMES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer.tiktoken")
 
 
@@ -42,6 +44,8 @@ def _in_directory(directory: Path) -> Path:
         for name in NAMES:
             if (folder / name).is_file():
                 return folder / name
+    if is_legacy(directory) and (named := stored_tokenizer(directory)) is not None:
+        return named
     raise InputMissing(f"{directory}: no tokenizer in this directory (looked for {', '.join(NAMES)})")
 
 

@@ -97,15 +97,10 @@ def find_source(path: str) -> Where:
     folder = Path(path)
     if (folder / "params.json").is_file() and any(folder.glob("consolidated.*")):
         return Where(kind="meta", path=path)
-    if _looks_legacy(folder):
-        return Where(kind="neox", path=path)
     ref = run_directory.resolve_checkpoint(path)
+    if ref.kind == "legacy":
+        return Where(kind="neox", path=str(ref.path))
     return Where(kind="hf" if ref.kind == "hf" else "native", path=path)
-
-
-def _looks_legacy(folder: Path) -> bool:
-    names = ("mp_rank_*_model_states.pt", "layer_*-model_*-model_states.pt", "global_step*")
-    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in names)
 
 
 def _open_native(where: Where, tokenizer: str | None) -> Source:
@@ -172,14 +167,14 @@ def _open_hf(where: Where, tokenizer: str | None) -> Source:
 
 def _open_neox(where: Where, tokenizer: str | None) -> Source:
     from libneox.checkpoint.neox import open_neox
-    from libneox.checkpoint.neox.files import find_step
-    from libneox.checkpoint.neox.reader import stored_configs
     from libneox.config import load_config
+    from libneox.legacy import find_step, named_tokenizer, stored_configs
 
     step = find_step(Path(where.path))
     configs: Sequence[Any] = where.config or stored_configs(step)
     neox = load_config(list(configs), overrides=where.overrides)
-    found = _tokenizer(tokenizer, None) or _tokenizer_of_config(neox, [Path(file).parent for file in configs])
+    named = tokenizer or named_tokenizer(neox, [Path(file).parent for file in configs])
+    found = _tokenizer(None if named is None else str(named), None)
     vocab_size = where.vocab_size if where.vocab_size is not None else found and found.vocab_size
     legacy = open_neox(
         step,
@@ -228,17 +223,3 @@ def _tokenizer(given: str | None, directory: Path | None) -> Tokenizer | None:
         return load_tokenizer(directory)
     except InputMissing:
         return None
-
-
-def _tokenizer_of_config(neox: NeoxConfig, folders: Sequence[Path]) -> Tokenizer | None:
-    """The tokenizer file a training configuration names, looked for from where the configuration lies upwards."""
-    from libneox.tokenizer import load_tokenizer
-
-    named = neox.tokenizer_source
-    if named is None:
-        return None
-    for folder in folders:
-        for base in (folder, *folder.resolve().parents[:4]):
-            if (base / named).is_file():
-                return load_tokenizer(base / named)
-    return None

@@ -6,14 +6,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from libneox.errors import InputMissing, UsageError
+from libneox.run_directory import MANIFEST
 from neox_eval.tokens import HarnessTokens
 
 if TYPE_CHECKING:
     from libneox.model import Transformer
+    from libneox.run_directory import CheckpointRef
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,7 +37,7 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     local_rank: int = 0,
 ) -> Loaded:
-    """Load a checkpoint or Hugging Face directory with its tokenizer.
+    """Load a checkpoint of ours or of GPT-NeoX, or a Hugging Face directory, with its tokenizer.
 
     Args:
         device: cpu, cuda, cuda:N; None: a GPU if there is one.
@@ -47,11 +50,14 @@ def load(
     import torch
 
     import libneox
-    from libneox import run_directory
+    from libneox import cli, run_directory
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    ref = run_directory.resolve_checkpoint(source)
+    def warn(message: str) -> None:
+        cli.warn("neox-eval", message)
+
+    ref = run_directory.resolve_checkpoint(source, warn=warn)
     try:
         tokens = HarnessTokens.load(tokenizer or ref.path, beside=ref.path)
     except InputMissing as error:
@@ -60,8 +66,10 @@ def load(
         ref.path,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         device=choose_device(device, local_rank),
+        vocab_size=tokens.base.vocab_size,
+        warn=warn,
     )
-    return Loaded(model, tokens, _identity(ref.path, tokens))
+    return Loaded(model, tokens, _identity(ref, tokens))
 
 
 def choose_device(wanted: str | None, local_rank: int = 0) -> str:
@@ -78,16 +86,25 @@ def choose_device(wanted: str | None, local_rank: int = 0) -> str:
     return wanted or "cpu"
 
 
-def _identity(path: Path, tokens: HarnessTokens) -> str:
+def _identity(ref: CheckpointRef, tokens: HarnessTokens) -> str:
     """A hash that changes with the weights: of a checkpoint's manifest, or of names, sizes and times of the files."""
+    from libneox.legacy import find_step, stored_configs
+
     digest = hashlib.sha256(tokens.base.fingerprint.encode())
-    manifest = path / "manifest.json"
-    if manifest.is_file():
-        digest.update(manifest.read_bytes())
+    if ref.manifest is not None:
+        digest.update((ref.path / MANIFEST).read_bytes())
+    elif ref.kind == "hf":
+        _add_status(digest, sorted(ref.path.glob("*.safetensors")) or sorted(ref.path.glob("*.bin")))
+        digest.update((ref.path / "config.json").read_bytes())
     else:
-        for file in sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")):
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-        if (path / "config.json").is_file():
-            digest.update((path / "config.json").read_bytes())
+        step = find_step(ref.path)
+        _add_status(digest, sorted(step.glob("*_model_states.pt")))
+        for file in stored_configs(step):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _add_status(digest: Any, files: Sequence[Path]) -> None:
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -22,24 +22,19 @@ class Talk:
     def __init__(self, loaded: Loaded):
         self._messages: list[dict[str, str]] = []
         self._text = ""
-        self._chat: Any = None
-        if loaded.chat_template is not None:
-            from neox_gen.chat import Chat
-
-            self._chat = Chat(loaded.chat_template, loaded.tokenizer)
+        self._loaded = loaded
 
     def ask(self, line: str) -> str | list[int]:
         """Add the user's line; return the prompt."""
-        if self._chat is not None:
+        if self._loaded.template is not None:
             self._messages.append({"role": "user", "content": line})
-            ids: list[int] = self._chat.ids(self._messages)
-            return ids
+            return self._loaded.chat_ids(self._messages)
         self._text += line
         return self._text
 
     def answered(self, text: str) -> None:
         """Add the model's answer."""
-        if self._chat is not None:
+        if self._loaded.template is not None:
             self._messages.append({"role": "assistant", "content": text})
         else:
             self._text += text + "\n"

@@ -3,55 +3,98 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from libneox.chat import ChatTemplate, named_tokens, read_settings, read_templates
 from libneox.errors import DataError, InputMissing, UsageError
 
 if TYPE_CHECKING:
     from libneox.model import Transformer
+    from libneox.run_directory import CheckpointRef
     from libneox.tokenizer import Tokenizer
 
 CONFIG_KEYS = ("temperature", "top_k", "top_p", "maximum_tokens")
+Warn = Callable[[str], None]
 
 
-class Loaded(NamedTuple):
-    """What generation needs."""
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What generation needs.
+
+    Attributes:
+        settings: of CONFIG_KEYS, those that the checkpoint's configuration sets.
+        end_ids: tokens that end a text, by the Hugging Face files; the tokenizer knows its own.
+        template: the chat template, if the model has one.
+        special: what a template may use by name, `bos_token` and the like.
+    """
 
     model: Transformer
     tokenizer: Tokenizer
-    settings: dict[str, Any]  # of CONFIG_KEYS, those that the checkpoint's config.yml sets
-    chat_template: str | None
-    end_ids: list[int]  # tokens that end a text, by the Hugging Face files; the tokenizer knows its own
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    end_ids: Sequence[int] = ()
+    template: str | None = None
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def _chat(self) -> ChatTemplate:
+        if self.template is None:
+            raise UsageError("the model has no chat template, so `messages` mean nothing to it; give a `prompt`")
+        end = self.tokenizer.eod_id
+        named = {} if end is None else {"eos_token": self.tokenizer.decode([end])}
+        return ChatTemplate(self.template, named | dict(self.special), self.tokenizer.name)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the messages with the beginning of an answer behind them.
+
+        Raises:
+            UsageError: the model has no chat template.
+            DataError: the template refuses the messages.
+        """
+        text = self._chat.render(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, allow_special=True, add_special_tokens=False)
 
 
 def load(
     checkpoint: Path, *, device: str | None, dtype: str, tokenizer: str | None, threads: int | None, prog: str
 ) -> Loaded:
-    """Load a checkpoint or a Hugging Face directory.
+    """Load a checkpoint of ours or of GPT-NeoX, or a Hugging Face directory.
 
     Raises:
         InputMissing: no checkpoint or no tokenizer there.
         UsageError: the device is not there.
     """
-    from libneox import run_directory
-    from libneox.cli import warn
+    from libneox import cli, run_directory
     from libneox.tokenizer import load_tokenizer
 
-    ref = run_directory.resolve_checkpoint(checkpoint, warn=lambda message: warn(prog, message))
+    def warn(message: str) -> None:
+        cli.warn(prog, message)
+
+    ref = run_directory.resolve_checkpoint(checkpoint, warn=warn)
     try:
         tokens = load_tokenizer(tokenizer or ref.path)
     except InputMissing as error:
         if tokenizer:
             raise
         raise InputMissing(f"{checkpoint}: no tokenizer there; name one with --tokenizer") from error
-    settings = _settings(ref.path / run_directory.CONFIG) if ref.kind == "neox" else {}
-    model = _load_model(ref.path, device=device, dtype=dtype, threads=threads)
-    return Loaded(model, tokens, settings, _chat_template(ref.path), _end_ids(ref.path))
+    files = read_settings(ref.path)
+    return Loaded(
+        _load_model(ref, tokens.vocab_size, device=device, dtype=dtype, threads=threads, warn=warn),
+        tokens,
+        _settings(ref),
+        _end_ids(ref.path),
+        read_templates(ref.path, files).get("default"),
+        named_tokens(files),
+    )
 
 
-def _load_model(path: Path, *, device: str | None, dtype: str, threads: int | None) -> Transformer:
+def _load_model(
+    ref: CheckpointRef, vocab_size: int, *, device: str | None, dtype: str, threads: int | None, warn: Warn
+) -> Transformer:
     import torch
 
     import libneox
@@ -65,7 +108,7 @@ def _load_model(path: Path, *, device: str | None, dtype: str, threads: int | No
         raise UsageError(f"--device {device}: no GPU here; use --device cpu")
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = libneox.load_model(path, dtype=wanted, device=device)
+        model = libneox.load_model(ref.path, dtype=wanted, device=device, vocab_size=vocab_size, warn=warn)
     except RuntimeError as error:
         if "device" in str(error).lower():
             raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
@@ -74,22 +117,16 @@ def _load_model(path: Path, *, device: str | None, dtype: str, threads: int | No
     return model.float() if device == "cpu" and dtype == "auto" and slow else model
 
 
-def _settings(config: Path) -> dict[str, Any]:
+def _settings(ref: CheckpointRef) -> dict[str, Any]:
+    """What the checkpoint's configuration says of generation."""
     from libneox.config import load_config
+    from libneox.legacy import find_step, stored_configs
+    from libneox.run_directory import CONFIG
 
-    loaded = load_config([config])
+    if ref.kind == "hf":
+        return {}
+    loaded = load_config(list(stored_configs(find_step(ref.path))) if ref.kind == "legacy" else [ref.path / CONFIG])
     return {key: loaded.get(key) for key in CONFIG_KEYS if loaded.is_set(key)}
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The template of a Hugging Face directory, from its own file or from tokenizer_config.json."""
-    alone = directory / "chat_template.jinja"
-    if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    template = _json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
 
 
 def _end_ids(directory: Path) -> list[int]:

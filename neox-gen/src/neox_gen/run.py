@@ -115,7 +115,6 @@ class Run:
         self._options, self._stdout, self._loaded = options, stdout, loaded
         self._watched = _Watch(stdout)
         self._engine = make_engine(options, loaded, self._watched.check)
-        self._chat: Any = None
         self._count = self._skipped = 0
 
     def complete(self, prompts: Iterator[Prompt]) -> None:
@@ -151,10 +150,7 @@ class Run:
     def _request(self, prompt: Prompt, index: int) -> Any:
         content: Any = prompt.content
         if prompt.is_chat:
-            from neox_gen.chat import Chat
-
-            self._chat = self._chat or Chat(self._loaded.chat_template, self._loaded.tokenizer)
-            content = self._chat.ids(content)
+            content = self._loaded.chat_ids(content)
         return self._engine.request(content, index=index, copies=self._options.num_return)
 
     def _stream_text(self, text: str) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from libneox import run_directory
 from libneox.config import NeoxConfig, load_config
 from libneox.errors import InputMissing, UsageError
+from libneox.legacy import is_legacy
 from libneox.model_config import ModelConfig
 from libneox.run_directory import CheckpointRef, Warn
+from neox_train.remote import LOADED, fetch, is_address
 
 DEFAULT_RUN = "run"
 
@@ -46,6 +48,8 @@ def find_start(config: NeoxConfig, *, warn: Warn) -> Start:
         IntegrityError: the step named, or every step of the run, is damaged.
     """
     run, keys = run_path(config), config.train
+    if keys.load is not None and is_address(keys.load):
+        return _from_address(config, keys.load, warn)
     load = Path(keys.load) if keys.load else None
     same = load is not None and load.resolve() == run.resolve()
     if keys.iteration is not None:
@@ -57,15 +61,29 @@ def find_start(config: NeoxConfig, *, warn: Warn) -> Start:
     if own_step is not None:
         return Start(own_step, True, f"continuing {run} after step {own_step.step}")
     if load is not None and not same:
-        try:
-            source = run_directory.resolve_checkpoint(load, warn=warn)
-        except InputMissing as error:
-            if any(load.glob("global_step*")):
-                message = f"{load}: a GPT-NeoX checkpoint; import it: neox-convert from-neox {load} RUN"
-                raise InputMissing(message) from error
-            raise
+        source = run_directory.resolve_checkpoint(load, warn=warn)
+        if source.kind == "legacy":
+            raise InputMissing(f"{load}: a GPT-NeoX checkpoint; import it: neox-convert from-neox {load} RUN")
         return Start(source, False, f"starting from {source.path}")
+    if is_legacy(run):
+        raise InputMissing(
+            f"{run}: holds a GPT-NeoX checkpoint; import it (neox-convert from-neox {run} RUN) and set save: RUN, "
+            "or save elsewhere to start afresh"
+        )
     return Start(None, False, f"{run}: no checkpoint there yet, starting afresh")
+
+
+def _from_address(config: NeoxConfig, url: str, warn: Warn) -> Start:
+    """A step that is fetched first: into the run itself if the run's copies are there, else into RUN/loaded."""
+    run, keys = run_path(config), config.train
+    same = keys.s3_path is not None and keys.s3_path.rstrip("/") == url.rstrip("/")
+    if run_directory.list_steps(run) and not (same and keys.iteration is not None):
+        own = run_directory.newest_verified(run, warn=warn)
+        assert own is not None
+        return Start(own, True, f"continuing {run} after step {own.step}")
+    path = fetch(url, run if same else run / LOADED, step=keys.iteration, warn=warn)
+    source = run_directory.resolve_checkpoint(path)
+    return Start(source, same and not keys.finetune, f"starting from {path}, a copy of {url}")
 
 
 def _named(place: Path, step: int) -> CheckpointRef:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import libneox
-from libneox.checkpoint.load import build_model, is_legacy
+from libneox.checkpoint.load import build_model
 from libneox.checkpoint.neox import open_neox
 from libneox.checkpoint.neox.merge import merge
 from libneox.checkpoint.neox.torchfile import TorchFile
@@ -177,11 +177,3 @@ def test_load_model_runs_no_code_of_a_slim_release(golden: Path, tmp_path: Path)
     with pytest.raises(UnsafeInput):
         libneox.load_model(folder)
     assert not (tmp_path / "ran").exists()
-
-
-def test_load_model_takes_a_hugging_face_directory_with_steps_of_deepspeed_for_what_it_is(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "global_step5").mkdir()
-    assert not is_legacy(tmp_path)
-    (tmp_path / "config.json").unlink()
-    assert is_legacy(tmp_path)

@@ -17,7 +17,12 @@ from libneox.model_config import ModelConfig
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    vocab_size: int | None = None,
+    warn: run_directory.Warn | None = None,
 ) -> Transformer:
     """Load a checkpoint as a module in eval mode: ids [B, T] int64 -> logits [B, T, V] float32.
 
@@ -25,6 +30,8 @@ def load_model(
         source: RUN, RUN/latest, RUN/step_N, a Hugging Face model directory, or a GPT-NeoX checkpoint with its
             configs beside it (the slim release of the 20B too), read in place.
         dtype: of the parameters; the stored one if None.
+        vocab_size: ids of the tokenizer, which a GPT-NeoX checkpoint does not know; all rows of its embedding if None.
+        warn: told what is worth knowing: steps passed over, copies of a tensor that differ; None: stderr.
     Returns:
         The module; `.config` is its ModelConfig. V is the padded vocabulary.
     Raises:
@@ -33,12 +40,15 @@ def load_model(
         DataError: a tensor is missing, left over or of another shape than the configuration says.
         UnsafeInput: a file asks for code to be run.
     """
-    if is_legacy(source):
+    warn = warn or run_directory.print_warning
+    ref = run_directory.resolve_checkpoint(source, warn=warn)
+    if ref.kind == "legacy":
         from libneox.checkpoint.neox import open_neox
 
-        legacy = open_neox(Path(source))
-        return build_model(legacy.config, legacy.tensors, source=source, dtype=dtype, device=device)
-    ref = run_directory.resolve_checkpoint(source)
+        legacy = open_neox(ref.path, vocab_size=vocab_size)
+        for note in legacy.notes:
+            warn(f"{ref.path}: {note}")
+        return build_model(legacy.config, legacy.tensors, source=ref.path, dtype=dtype, device=device)
     if ref.kind == "hf":
         from libneox.checkpoint import hf
 
@@ -46,16 +56,6 @@ def load_model(
         return build_model(opened.config, opened, source=ref.path, dtype=dtype, device=device)
     with open_tensors(ref.path) as tensors:
         return build_model(read_model_config(ref.path), tensors, source=ref.path, dtype=dtype, device=device)
-
-
-def is_legacy(source: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a checkpoint of GPT-NeoX, by the names of its files."""
-    folder = Path(source)
-    # DeepSpeed leaves global_stepN in Hugging Face directories as well: what names itself otherwise comes first.
-    if any((folder / name).exists() for name in (run_directory.MANIFEST, "config.json")) or any(folder.glob("step_*")):
-        return False
-    names = ("mp_rank_*_model_states.pt", "layer_*-model_*-model_states.pt", "global_step*")
-    return any(any(folder.glob(name)) for name in names)
 
 
 def read_model_config(step_dir: str | os.PathLike[str]) -> ModelConfig:

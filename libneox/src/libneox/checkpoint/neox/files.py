@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the files of a GPT-NeoX checkpoint and what each holds, whatever the layout."""
+"""Open the files of a GPT-NeoX checkpoint: what each holds, whatever the layout."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 from libneox.checkpoint.lazy import LazyTensor
 from libneox.checkpoint.neox.torchfile import TorchFile
-from libneox.errors import DataError, InputMissing
+from libneox.errors import DataError
+from libneox.legacy import LAYER_FILE, RANK_FILE
 
-LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 SEQUENTIAL_KEY = re.compile(r"(?:module\.)?sequential\.(\d+)\.(.+)")
 
 Shards = Mapping[tuple[int, str], tuple[LazyTensor, ...]]
@@ -34,31 +33,6 @@ class LegacyFiles:
     def state(self, rank: int = 0) -> dict[str, Any]:
         """The bookkeeping of one mp_rank file (iteration, schedule, optimizer...); empty if there is none."""
         return TorchFile(self.states[rank]).read() if self.states else {}
-
-
-def find_step(path: Path) -> Path:
-    """The directory with the files: `path` itself, or the one its `latest` names.
-
-    Raises:
-        InputMissing: no checkpoint there.
-    """
-    if not path.is_dir():
-        raise InputMissing(f"{path}: no such directory")
-    if _is_step(path):
-        return path
-    latest = path / "latest"
-    if latest.is_file():
-        tag = latest.read_text().strip()
-        if "/" not in tag and tag not in ("", "..") and _is_step(path / tag):
-            return path / tag
-        raise InputMissing(f"{latest}: names {tag!r}, which holds no checkpoint")
-    steps = [step.name for step in sorted(path.glob("global_step*")) if _is_step(step)]
-    hint = f"; it has {', '.join(steps)}: name one" if steps else ""
-    raise InputMissing(f"{path}: no GPT-NeoX checkpoint (no mp_rank_*, no layer_* files, no 'latest'){hint}")
-
-
-def _is_step(path: Path) -> bool:
-    return any(RANK_FILE.fullmatch(file.name) or LAYER_FILE.fullmatch(file.name) for file in _listing(path))
 
 
 def _listing(path: Path) -> list[Path]:

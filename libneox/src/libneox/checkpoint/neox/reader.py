@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libneox.checkpoint.lazy import LazyTensors, check_shapes
-from libneox.checkpoint.neox.files import LegacyFiles, find_step, open_files
+from libneox.checkpoint.neox.files import LegacyFiles, open_files
 from libneox.checkpoint.neox.merge import QkvLayout, merge, used_names
 from libneox.checkpoint.neox.names import BUFFERS
-from libneox.errors import DataError, InputMissing
+from libneox.errors import DataError
+from libneox.legacy import find_step, stored_configs
 from libneox.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -92,14 +93,6 @@ def open_neox(
         iteration=_iteration(files),
         notes=(*notes, *_merge_notes(files, model, drift)),
     )
-
-
-def stored_configs(step: Path) -> list[Path]:
-    """The YAML files GPT-NeoX put into a checkpoint (or beside it, as in the slim release of the 20B)."""
-    for folder in (step / "configs", step.parent / "configs"):
-        if found := sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")]):
-            return list(found)
-    raise InputMissing(f"{step}: no configs/*.yml in it; give the training configuration with --config FILE")
 
 
 def _embedding_rows(files: LegacyFiles) -> int:
