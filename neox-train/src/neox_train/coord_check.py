@@ -177,7 +177,6 @@ def measure(
         device=device,
         grad_accum=1,
         clipping=config.optim.gradient_clipping,
-        world_size=1,
     )
     for name in engine.names():
         engine.restore_master(name, initial_value(model_config, name, config.train.seed))

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from libneox.parallel.mesh import Mesh
+from libneox.parallel.tensor import Pieces, Shard
+from neox_train.mpu import Mpu
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr
 from neox_train.steps import Outcome
@@ -40,24 +42,33 @@ class DeepSpeedEngine:
         settings: dict[str, Any],
         states: Sequence[str],
         device: torch.device,
+        mesh: Mesh,
+        module: nn.Module | None = None,
     ):
         """Hand the model over. Its values do not matter yet: `restore_master` gives every parameter its own.
 
         Args:
+            objective: over this rank's part of the model.
             settings: DeepSpeed's configuration, ZeRO stage 1 or more.
             states: names of the optimiser's per-parameter tensors.
+            module: what DeepSpeed runs, if not the objective itself but something around it.
         """
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         self.objective, self.device = objective.to(device), device
         self._stage: int = settings["zero_optimization"]["stage"]
         self._states, self._has_state = tuple(states), False
         parameters = dict(objective.model.named_parameters())
-        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self._shapes = objective.model.config.parameter_shapes()
+        self._pieces, self._mesh = Pieces(objective.model.config, Shard.of(mesh)), mesh
         if self._stage == 3:  # the loss multiplies with the head outside the head's own forward
             deepspeed.zero.register_external_parameter(objective, objective.model.head_weight)
         self._optimizer = build_optimizer(parameters.items())
         self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=self._optimizer, config=_settings(settings), dist_init_required=False
+            model=module or objective,
+            optimizer=self._optimizer,
+            config=_settings(settings),
+            dist_init_required=False,
+            mpu=Mpu(mesh) if mesh.tensor_size > 1 and module is None else None,
         )
         self._parameters = parameters
         self._dtype = next(iter(parameters.values())).dtype
@@ -85,12 +96,15 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> Outcome:
         """Reduce, clip, update."""
         set_lr(self._optimizer, lr)
-        self._engine.step()
+        self._update()
         skipped = bool(self._engine.optimizer.overflow)
         norm = self._engine.get_global_grad_norm()
         if not skipped and not self._has_state:
             self._link_state()
         return Outcome(float("nan") if norm is None else float(norm), skipped)
+
+    def _update(self) -> None:
+        self._engine.step()
 
     def names(self) -> list[str]:
         """Logical parameters in the model's order."""
@@ -99,14 +113,14 @@ class DeepSpeedEngine:
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype: its master rounded, which is what the engine computes with."""
         if self._stage < 3:
-            return self._parameters[name].detach()
+            return self._pieces.whole(name, self._parameters[name].detach())
         return self.master(name).to(self._dtype)
 
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(self._parameters[name])
+        return self._pieces.whole(name, safe_get_full_fp32_param(self._parameters[name]))
 
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor of the optimiser."""
@@ -119,7 +133,7 @@ class DeepSpeedEngine:
         """One of them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(self._parameters[name], key)
+        return self._pieces.whole(name, safe_get_full_optimizer_state(self._parameters[name], key))
 
     def scalars(self) -> dict[str, Any]:
         """Adam's step, and the loss scaler of fp16."""
@@ -141,6 +155,7 @@ class DeepSpeedEngine:
         """Set a parameter: the float32 partition and the copy that computes."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+        value = self._pieces.mine(name, value).contiguous()
         parameter, value = self._parameters[name], value.to(self.device, torch.float32)
         with torch.no_grad():
             if self._stage < 3:
@@ -158,7 +173,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         self._make_state()
-        parameter, value = self._parameters[name], value.to(self.device)
+        parameter, value = self._parameters[name], self._pieces.mine(name, value).contiguous().to(self.device)
         if self._stage < 3:
             safe_set_full_optimizer_state(parameter, value, key)
         else:
@@ -201,7 +216,7 @@ class DeepSpeedEngine:
         """This rank's slice of a stage 3 parameter, padded with zeros where the last slice is short."""
         size = parameter.ds_tensor.numel()
         whole = value.reshape(-1)
-        start = min(dist.get_rank() * size, whole.numel())
+        start = min(self._mesh.data_rank * size, whole.numel())
         part = whole.new_zeros(size)
         taken = whole[start : start + size]
         part[: taken.numel()] = taken
@@ -221,7 +236,8 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     return defaults | settings | fixed
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet and without anything to compile."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, there is nothing to detect and to warn about
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists; not every launcher sets it

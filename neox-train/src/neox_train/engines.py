@@ -10,11 +10,12 @@ import torch
 from libneox.checkpoint.store import open_tensors, read_trainer
 from libneox.config import NeoxConfig
 from libneox.config.engine import PASSED_ON
+from libneox.config.partition import partition
 from libneox.errors import UsageError
-from libneox.model import Transformer
 from libneox.model.init import initial_value
 from libneox.model_config import ModelConfig
 from libneox.parallel.mesh import Mesh
+from libneox.parallel.tensor import Shard, sharded_model, sharded_part
 from neox_train.objective import build_objective
 from neox_train.optimizers import build_optimizer, kind_of, state_names
 from neox_train.resume import Start
@@ -28,11 +29,24 @@ DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float
 def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.device, mesh: Mesh) -> Engine:
     """The model under the engine that fits the optimiser and the mesh; its values are not set yet."""
     dtype, plan = DTYPES[config.compute_precision], config.batch_plan(mesh.world_size)
-    objective = build_objective(config, Transformer(model_config))
+    shard = Shard.of(mesh, sequence=config.parallel.sequence_parallel)
 
     def optimizer(named: Any) -> torch.optim.Optimizer:
         return build_optimizer(config, named, mup_width_mult=model_config.mup_width_mult)
 
+    if mesh.pipe_size > 1:
+        from neox_train.pipeline import PipelineEngine
+
+        return PipelineEngine(
+            partition(model_config, mesh.pipe_size, config.parallel.pipe_partition_method),
+            lambda pieces: build_objective(config, sharded_part(model_config, pieces, shard, device), shard),
+            optimizer,
+            settings=config.deepspeed_dict(plan),
+            states=state_names(config),
+            device=device,
+            mesh=mesh,
+        )
+    objective = build_objective(config, sharded_model(model_config, shard), shard)
     if runs_plain(config, mesh.world_size):
         from neox_train.plain import PlainEngine
 
@@ -43,12 +57,14 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
             device=device,
             grad_accum=plan.grad_accum,
             clipping=config.optim.gradient_clipping,
-            world_size=mesh.world_size,
+            mesh=mesh,
         )
     from neox_train.engine import DeepSpeedEngine
 
     settings = config.deepspeed_dict(plan)
-    return DeepSpeedEngine(objective, optimizer, settings=settings, states=state_names(config), device=device)
+    return DeepSpeedEngine(
+        objective, optimizer, settings=settings, states=state_names(config), device=device, mesh=mesh
+    )
 
 
 def runs_plain(config: NeoxConfig, world_size: int) -> bool:
@@ -65,6 +81,11 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
         raise UsageError(f"zero_optimization.stage: {why}; set stage: 0")
     if shaped and asked == "deepspeed":
         raise UsageError(f"engine: {config.optimizer_type} needs whole matrices, which ZeRO flattens; set engine: auto")
+    if shaped and config.tensor_parallel > 1:
+        raise UsageError(
+            f"optimizer.type: {config.optimizer_type} needs whole matrices, which model_parallel_size "
+            f"{config.tensor_parallel} cuts; set model_parallel_size: 1, or take adam, sgd or lion"
+        )
     if shaped or asked != "auto":
         return shaped or asked == "plain"
     own_sections = any(config.is_set(name) for name in (*PASSED_ON, "deepspeed_extra_args", "fp32_allreduce"))

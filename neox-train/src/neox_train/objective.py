@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from libneox.config import NeoxConfig
 from libneox.model import Transformer
-from libneox.model.loss import linear_cross_entropy
+from libneox.model.loss import ALL, Vocabulary, linear_cross_entropy
+from libneox.parallel.tensor import WHOLE, Shard
+from libneox.parallel.vocabulary import SharedVocabulary
 
 
 class MicroBatch(NamedTuple):
@@ -37,12 +39,16 @@ class LanguageModeling(nn.Module):
     """Mean next-token loss of a micro-batch: sum(ce * mask) / sum(mask), in float32.
 
     A micro-batch whose mask is empty has loss 0 (the original divides 0 by 0).
+
+    Args:
+        vocabulary: what the rows of the model's head stand for.
     """
 
-    def __init__(self, model: Transformer, *, z_loss: float = 0.0):
+    def __init__(self, model: Transformer, *, z_loss: float = 0.0, vocabulary: Vocabulary = ALL):
         super().__init__()
         self.model = model
         self.z_loss = z_loss
+        self.vocabulary = vocabulary
 
     def forward(
         self,
@@ -54,15 +60,31 @@ class LanguageModeling(nn.Module):
     ) -> Tensor:
         """The fields of a MicroBatch, one by one (engines look into the arguments) -> float32 scalar."""
         hidden_BTD = self.model.hidden(ids, positions_BT=positions, documents_BT=documents)
+        return self.loss(hidden_BTD, MicroBatch(ids, targets, mask))
+
+    def loss(self, hidden_BTD: Tensor, batch: MicroBatch) -> Tensor:
+        """The head and what comes after it."""
         z_loss = self.z_loss if self.training else 0.0
-        return linear_cross_entropy(hidden_BTD, self.model.head_weight, targets, mask, z_loss=z_loss)
+        return linear_cross_entropy(
+            hidden_BTD,
+            self.model.head_weight,
+            batch.targets,
+            batch.mask,
+            z_loss=z_loss,
+            vocabulary=self.vocabulary,
+        )
 
 
-def build_objective(config: NeoxConfig, model: Transformer) -> LanguageModeling:
-    """The configured objective over a model, with recomputation of activations where the config asks for it."""
+def build_objective(config: NeoxConfig, model: Transformer, shard: Shard = WHOLE) -> LanguageModeling:
+    """The configured objective over a model, with recomputation of activations where the config asks for it.
+
+    Args:
+        shard: which part of the model `model` is.
+    """
     if config.recompute.checkpoint_activations:
         recompute_blocks(model, config.recompute.checkpoint_num_layers)
-    return LanguageModeling(model, z_loss=config.optim.z_loss)
+    vocabulary = ALL if shard.size == 1 else SharedVocabulary(shard, model.config.padded_vocab_size // shard.size)
+    return LanguageModeling(model, z_loss=config.optim.z_loss, vocabulary=vocabulary)
 
 
 def recompute_blocks(model: Transformer, every: int) -> None:

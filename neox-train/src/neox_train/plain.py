@@ -2,7 +2,8 @@
 """The engine without partitioning: whole weights, gradients and optimiser states on every rank.
 
 It runs what ZeRO cannot (optimisers that look at the shape of a matrix) and is the reference the other engine is
-tested against. Low precision keeps float32 masters, as ZeRO does. Gradients are averaged over ranks in float32.
+tested against. Low precision keeps float32 masters, as ZeRO does. Gradients are averaged over data-parallel ranks in
+float32; with tensor parallelism weights, gradients and states are those of the rank's pieces.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from libneox.errors import UsageError
+from libneox.parallel.mesh import Mesh
+from libneox.parallel.tensor import Pieces, Shard
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr
 from neox_train.steps import Outcome
+
+ALONE = Mesh()
 
 
 class PlainEngine:
@@ -32,12 +37,14 @@ class PlainEngine:
         device: torch.device,
         grad_accum: int,
         clipping: float,
-        world_size: int,
+        mesh: Mesh = ALONE,
     ):
         if dtype == torch.float16:
             raise UsageError("precision: fp16 with this optimizer has no loss scaling; set precision to bfloat16")
         self.objective = objective.to(device)
-        self.device, self._accumulate, self._clipping, self._world = device, grad_accum, clipping, world_size
+        self.device, self._accumulate, self._clipping, self._mesh = device, grad_accum, clipping, mesh
+        self._pieces = Pieces(objective.model.config, Shard.of(mesh))
+        self._shapes = objective.model.config.parameter_shapes()
         masters = {name: p.detach().float().clone() for name, p in objective.model.named_parameters()}
         self._same = dtype == torch.float32
         objective.to(dtype)
@@ -67,12 +74,11 @@ class PlainEngine:
         """Reduce, clip, update."""
         set_lr(self._optimizer, lr)
         gradients = self._gradients()
-        if self._world > 1:
+        if self._mesh.data_size > 1:
             for gradient in gradients.values():
-                dist.all_reduce(gradient)
-                gradient /= self._world
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
-        norm = torch.linalg.vector_norm(norms)
+                dist.all_reduce(gradient, group=self._mesh.groups.get("data"))
+                gradient /= self._mesh.data_size
+        norm = self._norm(gradients)
         if not bool(torch.isfinite(norm)):
             self._clear()
             return Outcome(float(norm), skipped=True)
@@ -89,6 +95,16 @@ class PlainEngine:
         self._clear()
         return Outcome(float(norm), skipped=False)
 
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Global L2 norm, of the whole tensors."""
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        if self._mesh.tensor_size == 1:
+            return torch.linalg.vector_norm(norms)
+        cut = torch.tensor([hasattr(weight, "model_parallel") for weight in self._weights.values()], device=self.device)
+        pieces = torch.where(cut, norms, 0.0).square().sum()
+        dist.all_reduce(pieces, group=self._mesh.groups["tensor"])
+        return (pieces + torch.where(cut, 0.0, norms).square().sum()).sqrt()
+
     def _gradients(self) -> dict[str, Tensor]:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad.float() for n, p in self._weights.items()}
 
@@ -103,22 +119,23 @@ class PlainEngine:
 
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
-        return self._weights[name].detach()
+        return self._pieces.whole(name, self._weights[name].detach())
 
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
-        return self._masters[name].detach()
+        return self._pieces.whole(name, self._masters[name].detach())
 
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor of the optimiser."""
         for name, parameter in self._masters.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and key != "step":
-                    yield key, name, tuple(value.shape)
+                    like = value.shape == parameter.shape
+                    yield key, name, self._shapes[name] if like else tuple(value.shape)
 
     def state(self, key: str, name: str) -> Tensor:
         """One of them."""
-        return self._optimizer.state[self._masters[name]][key]
+        return self._pieces.whole(name, self._optimizer.state[self._masters[name]][key])
 
     def scalars(self) -> dict[str, Any]:
         """What else a checkpoint must hold."""
@@ -127,13 +144,15 @@ class PlainEngine:
 
     def restore_master(self, name: str, value: Tensor) -> None:
         """Set a parameter, master and working copy."""
+        value = self._pieces.mine(name, value)
         with torch.no_grad():
             self._masters[name].copy_(value)
             self._weights[name].copy_(value)
 
     def restore_state(self, key: str, name: str, value: Tensor) -> None:
         """Set one state tensor."""
-        self._optimizer.state[self._masters[name]][key] = value.to(self.device, copy=True)
+        mine = self._pieces.mine(name, value).contiguous()
+        self._optimizer.state[self._masters[name]][key] = mine.to(self.device, copy=True)
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Set what `scalars` gave; after the state tensors."""

@@ -63,6 +63,21 @@ def test_vocabulary_padding(vocab: int, divisor: int, tensor: int, padded: int) 
     assert config.model_config(vocab).padded_vocab_size == padded
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("num_kv_heads: 1\n", "num_kv_heads: 1 heads cannot be split over model_parallel_size 2"),
+        ("ffn_hidden_size: 99\n", "ffn_hidden_size: an MLP of width 99 cannot be split over model_parallel_size 2"),
+        ("padded_vocab_size: 511\n", "padded_vocab_size: 511 rows cannot be split over model_parallel_size 2"),
+        ("sequence_parallel: true\nseq_length: 33\n", "sequence_parallel: 33 positions cannot be split"),
+        ("use_qk_layernorm: true\nqk_norm_groups: 1\n", "2 ranks cannot hold whole QK-norm groups"),
+    ],
+)
+def test_what_tensor_parallel_ranks_cannot_share_is_refused(error_of: Error, lines: str, message: str) -> None:
+    text = "model_parallel_size: 2\nvocab_size: 500\n" + lines
+    assert message in error_of(text, shape=True)
+
+
 def test_padded_vocabulary_is_kept() -> None:
     shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "max_position_embeddings": 64}
     config = load_config([shape | {"padded_vocab_size": 510, "model_parallel_size": 2}])

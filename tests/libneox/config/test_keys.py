@@ -107,7 +107,7 @@ def test_every_key_does_what_its_standing_says(key: Key) -> None:
         assert mentioned, "an ignored key must be warned about"
         assert "changes nothing" in mentioned[0] or "start the ranks yourself" in mentioned[0]
     elif state == "acts":
-        check_supported(config, world_size=1)
+        check_supported(config, world_size=config.tensor_parallel * config.pipeline_stages)
         assert not any("changes nothing" in warning for warning in mentioned if key.name not in ("gpt_j_tied",))
 
 
@@ -124,7 +124,7 @@ def test_what_is_not_there_yet_is_refused_when_a_run_starts(row: Any) -> None:
         "dataset_impl": "pairwise" if "pos_train_data_paths" in row.keys else "online",
     }
     value = values.get(blame) if blame in values else other_value(all_keys()[blame])
-    if blame in ("model_parallel_size", "pipe_parallel_size"):
+    if blame == "pipe_parallel_size":
         value = 2
     config = load_config([RUN | NEEDS.get(blame, {}) | {blame: value}])
     with pytest.raises(UsageError, match=re.escape(f"{blame}: {row.reason}")):

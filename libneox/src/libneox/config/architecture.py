@@ -100,12 +100,18 @@ class _Resolve:
         if model.num_layers is not None and stages > model.num_layers:
             self.bad("pipe_parallel_size", f"{stages} stages need {stages} layers; num_layers is {model.num_layers}")
         _kinds(self.config, self.problems)
+        ffn_size, tensor = self._ffn_size(), self.config.tensor_parallel
+        if ffn_size % tensor:
+            key = "ffn_hidden_size" if model.ffn_hidden_size is not None else "model_parallel_size"
+            self.bad(key, f"an MLP of width {ffn_size} cannot be split over model_parallel_size {tensor}")
+        if self.config.parallel.sequence_parallel and length is not None and length % tensor:
+            self.bad("sequence_parallel", f"{length} positions cannot be split over model_parallel_size {tensor}")
         return {
             "num_layers": model.num_layers,
             "hidden_size": model.hidden_size,
             "seq_length": length,
             "max_position_embeddings": model.max_position_embeddings,
-            "ffn_size": self._ffn_size(),
+            "ffn_size": ffn_size,
         }
 
     def _ffn_size(self) -> int:

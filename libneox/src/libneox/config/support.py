@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from libneox.config.architecture import OTHER, SPARSE, check_architecture
+from libneox.config.estimate import WHOLE
 from libneox.config.problems import Problems
 from libneox.config.tree import all_keys
 
@@ -39,16 +40,6 @@ def _any_kind(kinds: tuple[str, ...]) -> Callable[[NeoxConfig], bool]:
 
 
 NOT_YET: tuple[NotYet, ...] = (
-    NotYet(
-        ("model_parallel_size", "sequence_parallel"),
-        "tensor parallelism is not there yet; set model_parallel_size: 1 and sequence_parallel: false",
-        lambda config: config.tensor_parallel > 1 or config.parallel.sequence_parallel,
-    ),
-    NotYet(
-        ("pipe_parallel_size", "pipe_partition_method"),
-        "pipelines are not there yet; set pipe_parallel_size: 1",
-        lambda config: config.pipeline_stages > 1,
-    ),
     NotYet(
         ("moe_num_experts", "moe_expert_interval", "moe_top_k", "moe_router_type", "moe_jitter_eps"),
         "mixture-of-experts layers are not there yet; set moe_num_experts: 1",
@@ -120,7 +111,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet(("curriculum_learning",), "curricula are not there yet; remove it", _section_on("curriculum_learning")),
     NotYet(("soft_prompt_tuning",), "soft prompts are not there yet; remove it", _section_on("soft_prompt_tuning")),
     NotYet(("use_bnb_optimizer",), "8-bit Adam is not there yet; set use_bnb_optimizer: false"),
-    NotYet(("s3_path", "s3_chunk_size"), "uploading checkpoints is not there yet; remove s3_path"),
     NotYet(("eval_tasks", "eval_results_prefix"), "tasks in training are not there yet; run neox-eval on a checkpoint"),
     NotYet(("char_level_ppl",), "perplexity per character is not there yet; set char_level_ppl: false"),
     NotYet(
@@ -202,12 +192,34 @@ def _check_requirements(config: NeoxConfig, problems: Problems) -> None:
         return  # it has a length and batches of its own, and random ids where there is no data
     if config.train.train_iters is None and config.train.train_epochs is None:
         problems.add(None, "train_iters", "is unknown; set it, or train_epochs")
+    if config.pipeline_stages > 1:
+        _check_pipeline(config, problems)
     batch = config.batch
     if batch.train_batch_size is None and batch.train_micro_batch_size_per_gpu is None:
         problems.add(None, "train_micro_batch_size_per_gpu", "is unknown; set it, or train_batch_size")
     data = config.data
     if data.data_path is None and not data.train_data_paths and not data.pos_train_data_paths:
         problems.add(None, "data_path", "is unknown; set it, or train_data_paths, to the prefix of a dataset")
+
+
+def _check_pipeline(config: NeoxConfig, problems: Problems) -> None:
+    def bad(key: str, message: str) -> None:
+        problems.add(config.places.get(key.partition(".")[0]), key, message)
+
+    if config.zero_stage > 1:
+        bad(
+            "zero_optimization.stage",
+            f"{config.zero_stage} gives gradients away after each micro-batch, which a pipeline keeps until the last; "
+            "set stage: 1, or pipe_parallel_size: 1",
+        )
+    if config.get("engine") == "plain":
+        bad("engine", "plain has no pipeline; set engine: auto, or pipe_parallel_size: 1")
+    if config.optimizer_type in WHOLE:
+        bad(
+            "optimizer.type",
+            f"{config.optimizer_type} needs whole matrices, which ZeRO under a pipeline flattens; "
+            "set pipe_parallel_size: 1, or take adam, sgd or lion",
+        )
 
 
 def _refusals(config: NeoxConfig) -> Iterator[tuple[str, NotYet]]:

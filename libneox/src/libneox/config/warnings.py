@@ -90,4 +90,6 @@ def _odd(config: NeoxConfig) -> list[str]:
         found.append("zero_optimization.stage: 0 runs as stage 1, which computes the same numbers")
     if config.model.bias_gelu_fusion and config.model.activation != "gelu":
         found.append(f"bias_gelu_fusion: changes nothing with activation {config.model.activation}")
+    if config.parallel.sequence_parallel and config.tensor_parallel == 1:
+        found.append("sequence_parallel: there is nothing to split with model_parallel_size 1")
     return found

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libneox.errors import UsageError
+from libneox.model.part import Part
 from libneox.model.stages import BlockStage, EmbeddingStage, NormStage
 from libneox.model.transformer import Block, Embedding, Linear, Transformer
 from libneox.model_config import ModelConfig
@@ -108,6 +109,24 @@ class Shard:
             yield
 
 
+WHOLE = Shard()
+
+
+class Pieces:
+    """Logical tensors by name: whole ones from every rank's piece, and this rank's piece of a whole one."""
+
+    def __init__(self, config: ModelConfig, shard: Shard):
+        self._config, self._shard = config, shard
+
+    def whole(self, name: str, piece: Tensor) -> Tensor:
+        """The whole tensor, on every rank; a collective if it is cut."""
+        return self._shard.joined(split_of(self._config, name), piece)
+
+    def mine(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank holds of it; may be a view."""
+        return self._shard.piece(split_of(self._config, name), whole)
+
+
 def sharded_model(config: ModelConfig, shard: Shard, device: str | torch.device = "cpu") -> Transformer:
     """A model of which this rank holds its part; no rank ever holds all of it. Its memory is not initialised."""
     if shard.size == 1:
@@ -117,6 +136,14 @@ def sharded_model(config: ModelConfig, shard: Shard, device: str | torch.device 
         model = Transformer(config)
     shard_model(model, config, shard, device=device)
     return model
+
+
+def sharded_part(config: ModelConfig, pieces: range, shard: Shard, device: str | torch.device = "cpu") -> Part:
+    """Some layers of a model, likewise (`libneox.config.partition` says what the pieces are)."""
+    with torch.device("meta"):
+        part = Part(config, pieces)
+    shard_model(part, config, shard, device=device)
+    return part.to_empty(device=device) if shard.size == 1 else part
 
 
 def shard_model(
@@ -145,7 +172,7 @@ def shard_model(
     if isinstance(module, Transformer | BlockStage):
         heads = config.num_heads // shard.size
         module.slopes = module.slopes[shard.rank * heads : (shard.rank + 1) * heads]
-    if isinstance(module, Transformer | EmbeddingStage):
+    if isinstance(module, Transformer | EmbeddingStage) and module.embed is not None:
         module.embed = VocabularyParallelEmbedding(module.embed, shard)  # type: ignore[assignment]
     if shard.sequence and isinstance(module, BlockStage):
         module.shares = shard.size
@@ -155,8 +182,10 @@ def shard_model(
 def _connect_ends(module: nn.Module, shard: Shard) -> None:
     """Blocks work on this rank's positions; what embeds and what the head sees are all of them."""
     if isinstance(module, Transformer):
-        module.layers[0].register_forward_pre_hook(lambda _, args: (shard.scatter(args[0]), *args[1:]))
-        module.final_norm.register_forward_hook(lambda _, args, x_BTD: shard.enter(x_BTD))
+        if module.is_first:
+            module.layers[0].register_forward_pre_hook(lambda _, args: (shard.scatter(args[0]), *args[1:]))
+        if module.is_last:
+            module.final_norm.register_forward_hook(lambda _, args, x_BTD: shard.enter(x_BTD))
     elif isinstance(module, EmbeddingStage):
         module.register_forward_hook(lambda _, args, x_BTD: shard.scatter(x_BTD))
     elif isinstance(module, NormStage):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that share a model train it as one rank does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from libneox.checkpoint.store import open_tensors
+
+# the padding of the vocabulary must not follow the number of ranks, or the losses would
+TP2 = ("-q", "--set", "model_parallel_size=2", "--set", "padded_vocab_size=384")
+ONE = ("-q", "--set", "padded_vocab_size=384")
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "gpt_j_residual": False,
+    "use_bias_in_norms": False,
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+    "no_weight_tying": False,
+    "rotary_pct": 1.0,
+    "ffn_hidden_size": 48,
+}
+
+
+def test_two_ranks_equal_one_and_a_run_moves_between_them(train, train_apart, config, metrics, tmp_path: Path) -> None:
+    """With sequence parallelism in fp32, to the tenth step; stopped and continued on one rank, and the other way."""
+    train(config("one.yml", save=str(tmp_path / "one"), train_iters=10), *ONE)
+    path = config(train_iters=10, sequence_parallel=True)
+    train_apart(path, *TP2, "--set", "exit_interval=4", ranks=2, code=None)
+    train(path, *ONE, "--set", "exit_interval=7", code=75)
+    train_apart(path, *TP2, ranks=2)
+    ours, whole = metrics(tmp_path / "RUN"), metrics(tmp_path / "one")
+    assert [record["samples"] for record in ours] == [record["samples"] for record in whole]
+    for key, close in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert [r[key] for r in ours] == pytest.approx([r[key] for r in whole], rel=close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_every_stage_on_four_ranks(
+    train, train_apart, config, losses, metrics, stage: int, precision: str, tmp_path: Path
+) -> None:
+    """TP 2 x DP 2, resumed halfway at TP 2 from its own checkpoint."""
+    more = {"zero_optimization": {"stage": stage}, "precision": precision, "train_iters": 10}
+    train(config("one.yml", save=str(tmp_path / "one"), **more), *ONE)
+    path = config(**more, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=None)
+    train_apart(path, *TP2, "--set", "exit_interval=5", ranks=4, code=None, timeout=300)
+    train_apart(path, *TP2, ranks=2, timeout=300)
+    close = 1e-5 if precision == "fp32" else 2e-2
+    assert losses(tmp_path / "RUN") == pytest.approx(losses(tmp_path / "one"), rel=close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["deepspeed", "plain"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_clipping_sees_the_whole_gradient(
+    train, train_apart, config, metrics, sequence: bool, engine: str, tmp_path: Path
+) -> None:
+    """SGD shows what Adam hides: a norm that counts a shard twice, or not at all, moves the weights elsewhere."""
+    more = LLAMA | {
+        "optimizer": {"type": "sgd", "params": {"lr": 0.5}},
+        "gradient_clipping": 0.1,
+        "zero_optimization": {"stage": 1 if engine == "deepspeed" else 0},
+        "engine": engine,
+        "qk_norm": "head",
+    }
+    train(config("one.yml", save=str(tmp_path / "one"), **more), *ONE)
+    train_apart(config(**more, sequence_parallel=sequence), *TP2, ranks=2)
+    for ours, reference in zip(metrics(tmp_path / "RUN"), metrics(tmp_path / "one"), strict=True):
+        assert reference["grad_norm"] > 0.2  # so that clipping acts
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-6)
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+    with open_tensors(tmp_path / "RUN/latest") as a, open_tensors(tmp_path / "one/latest") as b:
+        assert set(a) == set(b)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=name)
