@@ -42,6 +42,7 @@ def test_sample(tokenize, preprocess: Path, tokenizers_folder: Path, source: str
 
 
 def test_the_default_differs_in_special_tokens_alone(tokenize, preprocess: Path, tokenizers_folder: Path) -> None:
+    """A-16 on the original's sample."""
     tokenizer = str(tokenizers_folder / "20B_tokenizer.json")
     texts = [json.loads(line)["text"] for line in (preprocess / "sample.jsonl").read_text().splitlines()]
     texts = [text for text in texts if text]
@@ -110,6 +111,22 @@ def test_archives(tokenize, golden: Path, name: str) -> None:
 def test_what_the_original_refused_is_refused(tokenize, golden: Path, name: str, compat: str | None) -> None:
     with pytest.raises(DataError, match=name):
         tokenize(golden / "data" / "a_lmd" / name, compat=compat)
+
+
+def test_objects_that_crashed_the_tokenizer_are_read(tokenize, golden: Path) -> None:
+    """The original yields the objects of a .json.gz whole, which no tokenizer takes; their texts are meant."""
+    file = golden / "data" / "a_lmd" / "objects.json.gz"
+    expected = json.loads((file.parent / "expected.json").read_text())[file.name]["docs"]
+    for compat in (None, "neox"):
+        stream = tokenize(file, compat=compat)
+        assert stream.texts == [document["text"] for document in expected if document["text"]]
+        assert stream.rejects == {"empty document": 1}
+
+
+def test_every_archive_has_its_test(golden: Path) -> None:
+    elsewhere = {"badkey", "invalid_utf8", "blankline", "number", "surrogate", "objects"}
+    names = set(json.loads((golden / "data" / "a_lmd" / "expected.json").read_text())) - set(ARCHIVES)
+    assert {name.partition(".")[0] for name in names} == elsewhere
 
 
 @pytest.mark.parametrize("name", ["blankline.jsonl", "blankline.jsonl.zst"])

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import zstandard
 
 from libneox.errors import DataError, InputMissing, IntegrityError, UnsafeInput, UsageError
+from tests.peak_memory import measured
 
 TEXTS = ["first\nwith two lines", "ünïcödé 😀 日本語", " ", "x" * 300]
 JSONL = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
@@ -228,6 +231,16 @@ def test_a_link_in_a_zip(tokenize) -> None:  # A-25
 def test_bombs(tokenize, data: bytes) -> None:
     with pytest.raises(DataError, match="bomb"):
         tokenize(data, max_doc_bytes="100M" if data[:2] == b"PK" else "1G")
+
+
+def test_a_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    bomb, report = tmp_path / "bomb.zst", tmp_path / "peak"
+    bomb.write_bytes(zstd(b'{"text": "' + b"a" * (1 << 29) + b'"}'))
+    command = measured([sys.executable, "-m", "neox_tokenize", "-q", bomb], report)
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 65
+    assert b"bomb" in done.stderr
+    assert int(report.read_text()) <= 300 << 20
 
 
 def test_what_is_not_read_is_named(tokenize) -> None:

@@ -139,6 +139,12 @@ def test_deep_json(tokenize) -> None:  # A-14
     assert time.monotonic() - started < 5
 
 
+def test_special_tokens_in_a_text_are_text(tokenize) -> None:
+    line = json.dumps({"text": "a<|endoftext|>b"})
+    assert tokenize(line).ids[""] == [[2 + byte for byte in b"a<|endoftext|>b"]]
+    assert tokenize(line, allow_special=True).ids[""] == [[2 + ord("a"), 0, 2 + ord("b")]]
+
+
 def test_empty_documents_are_counted(tokenize) -> None:
     stream = tokenize(lines({"text": ""}, {"text": " "}, {"text": "\n\n"}), append_eod=True)
     assert stream.texts == [" <|endoftext|>", "\n\n<|endoftext|>"]
