@@ -153,7 +153,7 @@ def test_no_documents(run_command, make_stream, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("no*"))
 
 
-def test_places_where_nothing_can_be_written(run_command, make_stream, tmp_path: Path) -> None:
+def test_places_where_nothing_can_be_written(run_command, make_stream, tmp_path: Path) -> None:  # B-11
     (tmp_path / "file").write_bytes(b"x")
     for out in ("missing/out", "file/out"):
         run = run_command(["neox-shard", "-o", out], input=make_stream(DOCUMENTS), cwd=tmp_path)
@@ -171,7 +171,7 @@ def test_unusual_names(run_command, make_stream, tmp_path: Path, name: bytes) ->
     assert read_manifest(tmp_path / out) is not None
 
 
-def test_a_full_disk_keeps_the_older_output(make_stream, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_older_output(make_stream, tmp_path: Path) -> None:  # B-12
     """A limit on the size of files stands in for a disk that fills up: the same OSError, on every machine."""
 
     def pack(stream: bytes, limit: int | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -215,7 +215,7 @@ def test_pandas_is_not_imported(make_stream, tmp_path: Path) -> None:
     assert b"pandas.core" not in run.stderr
 
 
-def test_a_second_writer_is_refused(run_command, make_stream, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(run_command, make_stream, tmp_path: Path) -> None:  # B-14
     stream = make_stream(DOCUMENTS * 20)
     with _start(tmp_path) as process:
         assert process.stdin is not None
@@ -231,7 +231,7 @@ def test_a_second_writer_is_refused(run_command, make_stream, tmp_path: Path) ->
     assert _names(tmp_path) == PAIR
 
 
-def test_killed_at_twenty_moments(run_command, make_stream, tmp_path: Path) -> None:
+def test_killed_at_twenty_moments(run_command, make_stream, tmp_path: Path) -> None:  # B-13
     """After kill -9 there is nothing or a whole valid pair, and the same command again gives the same bytes."""
     stream = tmp_path / "stream"
     stream.write_bytes(make_stream([[k % 200] * 400 for k in range(10_000)], batch=100))

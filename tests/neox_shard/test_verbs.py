@@ -113,7 +113,7 @@ def test_verify_accepts_what_was_written_and_what_others_wrote(run_command, make
     assert json.loads(run.stdout)["largest"] < 50277
 
 
-def test_verify_names_a_token_outside_the_vocabulary(run_command, make_dataset) -> None:
+def test_verify_names_a_token_outside_the_vocabulary(run_command, make_dataset) -> None:  # B-05
     prefix = make_dataset("a", [[1, 2], [], [3, 4, 258, 5]])
     run = run_command(["neox-shard", "verify", str(prefix)])
     assert run.returncode == 65
@@ -149,7 +149,7 @@ def test_verify_finds_every_kind_of_damage(make_dataset, tmp_path: Path) -> None
     _remove(tmp_path, "x")
 
 
-def test_verify_finds_files_of_different_runs(make_dataset) -> None:
+def test_verify_finds_files_of_different_runs(make_dataset) -> None:  # B-04
     one, two = make_dataset("a", [[1, 2], [3]]), make_dataset("b", [[1], [2, 4]])
     Path(f"{one}.bin").write_bytes(Path(f"{two}.bin").read_bytes())
     with pytest.raises(IntegrityError, match=r"a\.bin"):
@@ -177,7 +177,7 @@ def test_merge_keeps_documents_of_several_sequences(golden: Path, read, tmp_path
     assert MMapDataset(tmp_path / "n").doc_idx.tolist() == MMapDataset(merged).doc_idx.tolist()
 
 
-def test_merge_refuses_what_does_not_belong_together(golden: Path, make_dataset, tmp_path: Path) -> None:
+def test_merge_refuses_what_does_not_belong_together(golden: Path, make_dataset, tmp_path: Path) -> None:  # B-08
     short, long = make_dataset("a", [[1]]), make_dataset("b", [[1]], "int32")
     with pytest.raises(DataError, match=r"int32.*uint16"):
         merge_datasets([short, long], tmp_path / "m", NOWHERE, **QUIET)
@@ -195,7 +195,7 @@ def test_merge_refuses_what_does_not_belong_together(golden: Path, make_dataset,
 
 
 @pytest.mark.slow
-def test_merge_beyond_two_to_the_31(tmp_path: Path) -> None:
+def test_merge_beyond_two_to_the_31(tmp_path: Path) -> None:  # B-07
     """Three sets of 0.8 G tokens: more tokens and bytes than 32 bits count."""
     for k in range(3):
         sizes = np.full(8, 100_000_000, np.int64)

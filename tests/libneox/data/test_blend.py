@@ -115,12 +115,12 @@ def test_stretches_join(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1, -1], [0, 0], [float("nan"), 1], [float("inf"), 1], ["1", 2]])
-def test_bad_weights_are_refused(weights: list[Any]) -> None:
+def test_bad_weights_are_refused(weights: list[Any]) -> None:  # B-09
     with pytest.raises(UsageError, match="weight"):
         normalized(weights)
 
 
-def test_three_hundred_datasets(make_pair) -> None:
+def test_three_hundred_datasets(make_pair) -> None:  # B-09
     first = make_pair("d", [[0] * 30, [0] * 35])
     index = Path(f"{first}.idx").read_bytes()
     for k in range(300):

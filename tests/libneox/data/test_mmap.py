@@ -28,7 +28,7 @@ MCORE_SETS = ["mc_u16", "mc_i32_multiseq", "mc_multimodal", "mc_u16_merged"] + [
 @pytest.mark.parametrize(
     "name", [*[f"a_preprocess/{n}_text_document" for n in NEOX_PAIRS], *[f"e_mask_chat/{n}" for n in LABEL_PAIRS]]
 )
-def test_pairs_of_the_original_are_rewritten_byte_for_byte(golden: Path, tmp_path: Path, name: str) -> None:
+def test_pairs_of_the_original_are_rewritten_byte_for_byte(golden: Path, tmp_path: Path, name: str) -> None:  # B-16
     source = golden / "data" / name
     with MMapDataset(source) as data, DatasetWriter(tmp_path / "out", data.dtype) as writer:
         for i in range(len(data)):
@@ -108,14 +108,14 @@ def _header(version: int = 1, code: int = 8, count: int = 1, documents: int = 2)
         (_header() + bytes(30), "too long"),
     ],
 )
-def test_damaged_index_is_refused_at_open(make_pair, index: bytes, message: str) -> None:
+def test_damaged_index_is_refused_at_open(make_pair, index: bytes, message: str) -> None:  # B-01, B-03
     prefix = make_pair("a", [[7]])
     Path(f"{prefix}.idx").write_bytes(index)
     with pytest.raises(DataError, match=rf"a\.idx: {message}"):
         MMapDataset(prefix)
 
 
-def test_swapped_files_are_refused(make_pair) -> None:
+def test_swapped_files_are_refused(make_pair) -> None:  # B-01
     prefix = make_pair("a", [[7]])
     index, data = Path(f"{prefix}.idx").read_bytes(), Path(f"{prefix}.bin").read_bytes()
     Path(f"{prefix}.idx").write_bytes(data)
@@ -125,7 +125,7 @@ def test_swapped_files_are_refused(make_pair) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [(-2, "shorter"), (1, "longer"), (2, "longer"), (-1, "shorter")])
-def test_bin_of_the_wrong_length_is_refused_at_open(make_pair, change: int, message: str) -> None:
+def test_bin_of_the_wrong_length_is_refused_at_open(make_pair, change: int, message: str) -> None:  # B-02
     prefix = make_pair("a", [[1, 2, 3], [4]])
     path = Path(f"{prefix}.bin")
     os.truncate(path, path.stat().st_size + change)
@@ -142,7 +142,7 @@ def test_missing_files_are_named(make_pair, tmp_path: Path) -> None:
         MMapDataset(prefix)
 
 
-def test_checks_do_not_depend_on_assert(make_pair) -> None:
+def test_checks_do_not_depend_on_assert(make_pair) -> None:  # B-01
     prefix = make_pair("a", [[1]])
     Path(f"{prefix}.idx").write_bytes(b"x" * 62)
     run = subprocess.run(

@@ -126,7 +126,7 @@ FIXED = [85, 605, 594, 389, 468, 241, 891, 932]
 FIXED_STARTS = [1188, 1584, 3168, 7128]
 
 
-def test_hash_order_of_three_billion_samples_is_constant_time() -> None:
+def test_hash_order_of_three_billion_samples_is_constant_time() -> None:  # L-04
     samples = 3_000_000_000
     order = HashOrder(samples * 2048 + 1, seed=7, seq_length=2048)
     assert order.per_epoch == samples

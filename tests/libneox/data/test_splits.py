@@ -125,7 +125,7 @@ def test_fingerprint_changes_with_everything_that_decides_samples(numbered: Path
     assert fingerprint() == found[0]
 
 
-def test_retokenized_data_are_read_afresh(make_pair) -> None:
+def test_retokenized_data_are_read_afresh(make_pair) -> None:  # B-15
     """The original keeps an index beside the data that it trusts for ever; here there is none to go stale."""
     prefix = make_pair("a", [[1] * 10, [2] * 10])
     spec = DataSpec(seq_length=4, data_path=str(prefix), split="1")

@@ -78,7 +78,7 @@ def test_values_are_never_wrapped(tmp_path: Path, values: list[int]) -> None:
         writer.add(np.array(values), np.array([1]))
 
 
-def test_an_existing_output_is_kept_without_force(make_pair, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_without_force(make_pair, tmp_path: Path) -> None:  # B-10
     prefix = make_pair("a", [[1, 2, 3]])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(OutputExists, match="--force"):
@@ -123,7 +123,7 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert MMapDataset(tmp_path / ("x" * 240)).tokens.tolist() == [1]
 
 
-def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
+def test_two_writers_are_kept_apart(tmp_path: Path) -> None:  # B-14
     with DatasetWriter(tmp_path / "a", "uint16"):
         with pytest.raises(OutputExists, match="another process"):
             DatasetWriter(tmp_path / "a", "uint16")
@@ -134,7 +134,7 @@ def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
         writer.commit()
 
 
-def test_a_dead_writer_is_succeeded_and_cleared_away(tmp_path: Path) -> None:
+def test_a_dead_writer_is_succeeded_and_cleared_away(tmp_path: Path) -> None:  # B-14
     code = (
         "import sys, time, numpy as np; from libneox.data.writer import DatasetWriter\n"
         "w = DatasetWriter(sys.argv[1], 'uint16'); w.add(np.arange(10), np.array([10])); print('ready', flush=True)\n"
