@@ -19,6 +19,7 @@ from libneox.schedule import Schedule
 from neox_train.batches import Batches
 from neox_train.objective import MicroBatch
 from neox_train.observers import Observer
+from neox_train.remote import Uploads
 from neox_train.report import Report
 from neox_train.saving import Saver
 from neox_train.signals import StopRequest
@@ -46,6 +47,7 @@ class Run:
     saved: Callable[[int], None]  # told the step of each committed checkpoint
     mark: Callable[[int], None]  # told the step under way, each time this rank got somewhere
     observers: Sequence[Observer] = ()
+    uploads: Uploads | None = None  # on rank 0, if copies are kept elsewhere
 
 
 def train(run: Run) -> dict[str, float]:
@@ -204,14 +206,17 @@ def settle(run: Run, *, last: bool = False) -> None:
     if run.group.is_first:
         run.saved(run_directory.step_number(path))
         run.report.checkpoint(path)
+        if run.uploads is not None:
+            run.uploads.offer(run_directory.step_number(path))
         if keep:
             prune(run, path.parent, keep)
 
 
 def prune(run: Run, folder: Path, keep: int) -> None:
     """Delete older steps; one that cannot be deleted costs space, not the run."""
+    kept = set(run.config.train.extra_save_iters or ()) | (run.uploads.pending if run.uploads is not None else set())
     try:
-        run_directory.prune(folder, keep, protect=run.config.train.extra_save_iters or ())
+        run_directory.prune(folder, keep, protect=kept)
     except OSError as error:
         run.report.warn(f"{folder}: older checkpoints stay, {error.strerror or error}")
 

@@ -20,10 +20,13 @@ from libneox.parallel.group import Group
 from libneox.parallel.launch import Launch
 from libneox.run_directory import CheckpointRef
 from neox_train import loop
+from neox_train.remote import Uploads
 from neox_train.resume import Start, find_start, run_path
 from neox_train.setup import prepare
 from neox_train.signals import StopRequest
 from neox_train.watch import Watch, is_communication
+
+LEAVE_S = 5.0  # how long a run that is stopped waits for copies of checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +88,15 @@ def _run_with_status(
         status.write("running")
         try:
             if group.is_first:
-                run_directory.remove_unfinished(path)
+                for name in run_directory.remove_unfinished(path):
+                    _warn(f"{path / name}: was never finished; removed")
+            uploads = _uploads(config, group)
+            if uploads is not None:
+                stack.callback(uploads.wait, LEAVE_S)
             with Watch(group, step_timeout_s=options.step_timeout_s, on_loss=status.lost) as watch:
-                figures = _prepare_and_train(config, group, device, options, stop, status, watch)
+                figures = _prepare_and_train(config, group, device, options, stop, status, watch, uploads)
+            if uploads is not None:  # the other ranks need not wait for this
+                uploads.finish()
             status.write("finished", code=0, **({"evaluation": figures} if figures else {}))
         except NeoxError as error:
             status.write("stopped" if error.exit_code == 75 else "failed", code=error.exit_code, reason=str(error))
@@ -101,6 +110,24 @@ def _run_with_status(
             if lost:
                 raise PeerLost(f"another rank was lost ({error})") from error
             raise
+
+
+def _uploads(config: NeoxConfig, group: Group) -> Uploads | None:
+    """Copies at `s3_path`, made by rank 0."""
+    url = config.train.s3_path
+
+    def begin() -> None:
+        nonlocal uploads
+        if url is not None:
+            uploads = Uploads(run_path(config), url, part_bytes=config.train.s3_chunk_size, warn=_warn)
+
+    uploads: Uploads | None = None
+    group.on_first(begin)
+    return uploads
+
+
+def _warn(text: str) -> None:
+    print(f"neox-train: warning: {text}", file=sys.stderr, flush=True)
 
 
 class _Status:
@@ -142,6 +169,7 @@ def _prepare_and_train(
     stop: StopRequest,
     status: _Status,
     watch: Watch,
+    uploads: Uploads | None,
 ) -> dict[str, float]:
     start = _start(config, group)
     if config.train.save is None and group.is_first:
@@ -160,6 +188,7 @@ def _prepare_and_train(
         saved=status.saved,
         mark=watch.mark,
     )
+    work.uploads = uploads
     try:
         figures = loop.train(work)
     finally:
@@ -175,7 +204,7 @@ def _start(config: NeoxConfig, group: Group) -> Start:
     """Rank 0 looks and verifies, all begin with what it found."""
 
     def look() -> dict[str, Any]:
-        found = find_start(config, warn=lambda text: print(f"neox-train: warning: {text}", file=sys.stderr, flush=True))
+        found = find_start(config, warn=_warn)
         source = found.source
         return {
             "source": None if source is None else [str(source.path), source.kind, source.step],

@@ -42,13 +42,17 @@ class Train:
     )
     replica_check_interval: int | None = key(
         None,
-        "Every so many steps compare the weights that data-parallel ranks hold, and end with 81, naming the rank, if one "
-        "differs. Not with ZeRO stage 3, which keeps no copies. New.",
+        "Every so many steps compare the weights that data-parallel ranks hold, and end with 81, naming the rank, if "
+        "one differs. Not with ZeRO stage 3, which keeps no copies. New.",
         minimum=1,
     )
-    s3_path: str | None = key(None, "Copy each checkpoint to this s3:// address.")
-    s3_chunk_size: int = key(104857600, "Bytes of one part of an upload.", minimum=1)
-    load: str | None = key(None, "Checkpoint or run directory to continue from.")
+    s3_path: str | None = key(
+        None, "Copy each checkpoint to this address too, s3://BUCKET/FOLDER or another that fsspec opens."
+    )
+    s3_chunk_size: int = key(
+        104857600, "Bytes of one part of an upload to s3:// or gs://; S3 takes 5 MiB and more.", minimum=5 * 2**20
+    )
+    load: str | None = key(None, "Checkpoint, run directory or address (see s3_path) to begin from.")
     iteration: int | None = key(None, "Load this step instead of the newest.", minimum=0)
     finetune: bool = key(False, "Load the weights alone and start at step 0.")
     no_load_optim: bool = key(False, "Start with a fresh optimiser.")
