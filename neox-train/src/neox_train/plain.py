@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from libneox.errors import UsageError
 from libneox.parallel.mesh import Mesh
 from libneox.parallel.tensor import Pieces, Shard
+from neox_train import tiles
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr
 from neox_train.steps import Outcome
@@ -51,6 +52,7 @@ class PlainEngine:
         self._weights = dict(objective.model.named_parameters())
         self._masters = self._weights if self._same else {n: nn.Parameter(t.to(device)) for n, t in masters.items()}
         self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
+        self._tiled = tiles.takes(self._optimizer, device)
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off."""
@@ -75,6 +77,7 @@ class PlainEngine:
         set_lr(self._optimizer, lr)
         gradients = self._gradients()
         if self._mesh.data_size > 1:
+            gradients = {name: gradient.float() for name, gradient in gradients.items()}
             for gradient in gradients.values():
                 dist.all_reduce(gradient, group=self._mesh.groups.get("data"))
                 gradient /= self._mesh.data_size
@@ -82,22 +85,30 @@ class PlainEngine:
         if not bool(torch.isfinite(norm)):
             self._clear()
             return Outcome(float(norm), skipped=True)
-        if self._clipping > 0:
-            # the same coefficient as torch's clip_grad_norm_ and DeepSpeed's
-            torch._foreach_mul_(list(gradients.values()), (self._clipping / (norm + 1e-6)).clamp(max=1.0))
+        # the same coefficient as torch's clip_grad_norm_ and DeepSpeed's
+        coefficient = (self._clipping / (norm + 1e-6)).clamp(max=1.0) if self._clipping > 0 else None
+        self._update(gradients, coefficient)
+        self._clear()
+        return Outcome(float(norm), skipped=False)
+
+    def _update(self, gradients: dict[str, Tensor], coefficient: Tensor | None) -> None:
+        if self._tiled:
+            leaves = (tiles.Leaf(self._masters[n], self._weights[n], gradient) for n, gradient in gradients.items())
+            tiles.update(self._optimizer, leaves, coefficient)
+            return
         for name, gradient in gradients.items():
-            self._masters[name].grad = gradient
+            self._masters[name].grad = gradient.float()
+        if coefficient is not None:
+            torch._foreach_mul_([master.grad for master in self._masters.values()], coefficient)
         self._optimizer.step()
         if not self._same:
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(self._masters[name])
-        self._clear()
-        return Outcome(float(norm), skipped=False)
 
     def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """Global L2 norm, of the whole tensors."""
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        norms = torch.stack(torch._foreach_norm(list(gradients.values()), dtype=torch.float32))
         if self._mesh.tensor_size == 1:
             return torch.linalg.vector_norm(norms)
         cut = torch.tensor([hasattr(weight, "model_parallel") for weight in self._weights.values()], device=self.device)
@@ -106,7 +117,7 @@ class PlainEngine:
         return (pieces + torch.where(cut, 0.0, norms).square().sum()).sqrt()
 
     def _gradients(self) -> dict[str, Tensor]:
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad.float() for n, p in self._weights.items()}
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._weights.items()}
 
     def _clear(self) -> None:
         for parameters in (self._weights, self._masters):
