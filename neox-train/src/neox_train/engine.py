@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed as the engine, and the only module that imports it.
+"""DeepSpeed as the engine. Only this module and `neox_train.pipeline`, which builds on it, import DeepSpeed.
 
 ZeRO 1, 2 and 3. DeepSpeed gets the model, a torch optimiser and numbers; start-up of processes, schedules, data,
 checkpoints and the fp32 values everything begins with are ours. Nothing is compiled at run time: torch's optimisers

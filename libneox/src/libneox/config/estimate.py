@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from libneox.config.partition import partition
 from libneox.config.writer import write_yaml
 from libneox.errors import UsageError
 from libneox.files import human_bytes
@@ -210,18 +211,19 @@ def _schedule(config: NeoxConfig) -> dict[str, Any] | None:
 def _memory(config: NeoxConfig, model: ModelConfig, plan: BatchPlan | None, world: int) -> list[dict[str, int]]:
     micro = plan.micro_batch if plan else 1
     accumulation = plan.grad_accum if plan else 1
+    parts = partition(model, config.pipeline_stages, config.parallel.pipe_partition_method)
+    blocks = [sum(1 <= piece <= model.num_layers for piece in part) for part in parts]
     stages = [
-        _stage_memory(config, model, stage, micro, accumulation, world) for stage in range(config.pipeline_stages)
+        _stage_memory(config, model, stage, layers, micro, accumulation, world) for stage, layers in enumerate(blocks)
     ]
     return [dataclasses.asdict(stage) | {"total": stage.total} for stage in stages]
 
 
 def _stage_memory(
-    config: NeoxConfig, model: ModelConfig, stage: int, micro: int, accumulation: int, world: int
+    config: NeoxConfig, model: ModelConfig, stage: int, layers: int, micro: int, accumulation: int, world: int
 ) -> StageMemory:
     pipe, tensor = config.pipeline_stages, config.tensor_parallel
     data = max(1, world // (pipe * tensor))
-    layers = model.num_layers // pipe + (stage < model.num_layers % pipe)
     held = _held_parameters(model, layers, first=stage == 0, last=stage == pipe - 1, tensor=tensor)
     zero = max(1, config.zero_stage)
     full = config.compute_precision == "fp32"

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Consecutive layers of a model, for a pipeline whose ranks hold a part each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from libneox.model.cache import KVCache
+from libneox.model.transformer import Context, Transformer
+from libneox.model_config import ModelConfig
+
+
+class Part(Transformer):
+    """A model of which most is missing; what is there has its own name and place.
+
+    Build it on the meta device, so that what is missing costs nothing, and give memory to the rest (`to_empty`).
+    """
+
+    def __init__(self, config: ModelConfig, pieces: range):
+        """Keep some pieces: 0 is the embedding, 1 to L the blocks, L + 1 the final norm with the head."""
+        super().__init__(config)
+        last = config.num_layers + 1
+        self.is_first, self.is_last = 0 in pieces, last in pieces
+        self.has_blocks = any(piece in pieces for piece in range(1, last))
+        for index in range(config.num_layers):
+            if index + 1 not in pieces:
+                self.layers[index] = Elsewhere()
+        if not self.is_first:
+            self.pos_embed = None  # type: ignore[assignment]
+        if not (self.is_first or (self.is_last and config.tie_embeddings)):
+            self.embed = None  # type: ignore[assignment]
+        if not self.has_blocks:
+            self.rpe = None  # type: ignore[assignment]
+        if not self.is_last:
+            self.final_norm = self.head = None  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self,
+        ids_BT: Tensor,
+        x_BTD: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Run these layers; arguments as of `Transformer.hidden`.
+
+        Args:
+            x_BTD: what the part before gave; the first part takes the ids instead.
+        Returns:
+            What the next part takes, or, from the last, hidden states whose product with `head_weight` are logits.
+        """
+        if self.is_first:
+            x_BTD = self.embedded(ids_BT, positions_BT=positions_BT)
+        assert x_BTD is not None
+        if self.has_blocks:
+            x_BTD = self.run_blocks(x_BTD, self._context(ids_BT, positions_BT, documents_BT), None)
+        return self.normed(x_BTD) if self.is_last else x_BTD
+
+    def _context(self, ids_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None) -> Context:
+        return self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT)
+
+    @property
+    def dtype(self):  # type: ignore[no-untyped-def]
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self):  # type: ignore[no-untyped-def]
+        """Of the parameters."""
+        return next(self.parameters()).device
+
+
+class Elsewhere(nn.Module):
+    """Where a block of another part would be."""
+
+    def forward(self, x_BTD: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+        """Do nothing."""
+        return x_BTD

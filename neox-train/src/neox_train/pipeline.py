@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's pipeline as the engine: each rank holds some consecutive layers and gives its results to the next.
+
+DeepSpeed's schedule says when a stage receives, computes and sends. A schedule is executed without its last
+instructions, the reduction and the update, which are `step`'s: between the two the loop looks at the loss. Every stage
+reads the step's micro-batches itself, so that only hidden states and their gradients travel; the last one hands its
+hidden states to the loss, which owns the head. A parameter that stages share (a tied embedding, the biases of
+`pos_emb: rpe`) has a copy on each: gradients are summed over them, and it counts once in the gradient's norm.
+
+Private parts of DeepSpeed 0.19 that are touched, beyond those of `neox_train.engine`, each covered by a test: the
+engine's executors of a schedule and of its last instructions, and where it keeps losses and tied weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from libneox.config.partition import holders
+from libneox.parallel.mesh import Mesh
+from neox_train.engine import BuildOptimizer, DeepSpeedEngine, import_deepspeed
+from neox_train.objective import LanguageModeling, MicroBatch
+
+BuildPart = Callable[[range], LanguageModeling]
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """See `neox_train.steps.Engine`."""
+
+    def __init__(
+        self,
+        parts: Sequence[range],
+        build: BuildPart,
+        build_optimizer: BuildOptimizer,
+        *,
+        settings: dict[str, Any],
+        states: Sequence[str],
+        device: torch.device,
+        mesh: Mesh,
+    ):
+        """Build this rank's part and hand it over. Its values do not matter yet: `restore_master` gives them.
+
+        Args:
+            parts: pieces of the model that each stage holds (`libneox.config.partition`).
+            build: makes the objective over some pieces.
+            settings, states: as of DeepSpeedEngine; ZeRO stage 1.
+        """
+        import_deepspeed(device).init_distributed(dist_init_required=False)  # it takes the process group there is
+        module = _pipeline_module(parts, build, mesh)
+        (self._layer,) = (layer for layer in module.modules() if isinstance(layer, PartLayer))
+        objective = self._layer.objective
+        names = objective.model.config.parameter_shapes()
+        self._holders = {name: holders(objective.model.config, parts, name) for name in names}
+        shared = self._share(dict(objective.model.named_parameters()), mesh)
+        module.get_tied_weights_and_groups = lambda: shared  # what DeepSpeed asks for when it sums their gradients
+        self._shape: torch.Size | None = None
+        super().__init__(
+            objective, build_optimizer, settings=settings, states=states, device=device, mesh=mesh, module=module
+        )
+
+    def _share(self, parameters: dict[str, nn.Parameter], mesh: Mesh) -> list[tuple[nn.Parameter, Any]]:
+        """The parameters that this stage shares with others, and the group of ranks that hold each; a collective."""
+        shared = []
+        for name, stages in self._holders.items():
+            if len(stages) == 1:
+                continue
+            for line in mesh.members("pipe"):
+                group = dist.new_group([line[stage] for stage in stages])
+                if mesh.rank in line and mesh.pipe_rank in stages:
+                    parameters[name].ds_pipe_replicated = mesh.pipe_rank != stages[0]  # type: ignore[attr-defined]
+                    shared.append((parameters[name], group))
+        return shared
+
+    def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Add up the gradients of micro-batches, each divided by their number; their mean loss, on every stage."""
+        return self._run(_without_update(self._engine._train_schedule()), batches)
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
+        """Mean loss of micro-batches without gradients, on every stage."""
+        batches = list(batches)
+        with torch.no_grad():
+            return self._run(self._engine._inference_schedule(len(batches)), batches)
+
+    def _run(self, schedule: Any, batches: Iterable[MicroBatch]) -> Tensor:
+        engine, feed = self._engine, iter(batches)
+        first = next(feed)
+        if first.ids.shape != self._shape:  # else what is sent would be read as of the shape before
+            engine.reset_activation_shape()
+            self._shape = first.ids.shape
+        self._layer.feed = itertools.chain([first], feed)
+        nothing = torch.empty(0, device=self.device)
+        engine.set_dataiterator(itertools.repeat((nothing, nothing)))  # the layers have a feed of their own
+        engine.total_loss, engine._compute_loss = None, True
+        engine._exec_schedule(schedule)
+        assert next(self._layer.feed, None) is None, "the schedule left micro-batches over"
+        last = self._mesh.pipe_size - 1
+        mean = torch.stack(engine.fwd_outputs).mean() if self._mesh.pipe_rank == last else None
+        return self._sent(last, lambda: mean, (), torch.float32)
+
+    def _update(self) -> None:
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+        self._engine._exec_optimizer_step()
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter in the compute dtype."""
+        return self._sent(
+            self._holders[name][0], lambda: super(PipelineEngine, self).weight(name), self._shapes[name], self._dtype
+        )
+
+    def master(self, name: str) -> Tensor:
+        """A parameter in float32."""
+        take = super().master
+        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name])
+
+    def state(self, key: str, name: str) -> Tensor:
+        """One state tensor."""
+        take = super().state
+        return self._sent(self._holders[name][0], lambda: take(key, name), self._shapes[name])
+
+    def _sent(
+        self, owner: int, take: Callable[[], Any], shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """What stage `owner` has, on every stage; a collective."""
+        if self._mesh.pipe_rank == owner:
+            value = take().contiguous()
+        else:
+            value = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.broadcast(value, group_src=owner, group=self._mesh.groups["pipe"])
+        return value
+
+    def restore_master(self, name: str, value: Tensor) -> None:
+        """Set a parameter, on the stages that hold it."""
+        if name in self._parameters:
+            super().restore_master(name, value)
+
+    def restore_state(self, key: str, name: str, value: Tensor) -> None:
+        """Set one state tensor, on the stages that hold it."""
+        if name in self._parameters:
+            super().restore_state(key, name, value)
+
+
+class PartLayer(nn.Module):
+    """What DeepSpeed calls as a layer: the objective over a part of the model.
+
+    Attributes:
+        feed: the micro-batches to come; a call takes one.
+    """
+
+    def __init__(self, build: BuildPart, pieces: range):
+        super().__init__()
+        self.objective = build(pieces)
+        self.feed: Iterator[MicroBatch] = iter(())
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """What the stage before gave -> what the next one takes, or the loss."""
+        batch, model = next(self.feed), self.objective.model
+        out_BTD = model(batch.ids, x_BTD, positions_BT=batch.positions, documents_BT=batch.documents)
+        return self.objective.loss(out_BTD, batch) if model.is_last else out_BTD
+
+
+def _pipeline_module(parts: Sequence[range], build: BuildPart, mesh: Mesh) -> Any:
+    """DeepSpeed's module, of one layer a stage; only this rank's is built."""
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(mesh.pipe_size, mesh.tensor_size, mesh.data_size)
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its layers
+        return PipelineModule(
+            [LayerSpec(PartLayer, build, pieces) for pieces in parts], topology=topology, partition_method="uniform"
+        )
+
+
+def _without_update(schedule: Any) -> Any:
+    """A schedule of DeepSpeed up to the last backward pass."""
+    from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads
+
+    steps = schedule.steps()
+    schedule.steps = lambda: (
+        [command for command in commands if not isinstance(command, OptimizerStep | ReduceGrads | ReduceTiedGrads)]
+        for commands in steps
+    )
+    return schedule
