@@ -94,3 +94,21 @@ def test_another_tokenizer_is_refused(files: Path, hf_models: dict[str, Path], r
     run = run_command(["neox-eval", "perplexity", hf_models["llama"], files / "d"])
     assert run.returncode == 2
     assert b"tokenizer" in run.stderr
+
+
+def test_a_checkpoint_of_gpt_neox_in_place(golden: Path, tmp_path: Path, run_command: Any) -> None:
+    """The slim release of the 20B, with the tokenizer its configuration names, in float32 although stored in float16."""
+    import torch
+
+    import libneox
+
+    folder, text = golden / "model/slim20b", "First Citizen: Before we proceed any further, hear me speak."
+    model, tokenizer = libneox.load_model(folder, dtype=torch.float32), libneox.load_tokenizer(folder)
+    ids = torch.tensor([[tokenizer.eod_id, *tokenizer.encode(text)]])
+    with torch.inference_mode():
+        expected = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item()
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    run = run_command(["neox-eval", "perplexity", folder, tmp_path / "t.jsonl", "-q"])
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["loss"] == pytest.approx(expected, abs=1e-4)
+    assert b"averaged" in run.stderr

@@ -13,7 +13,9 @@ from libneox import cli
 from libneox.errors import UsageError
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as stored, float32 where a CPU is slow at that), float32, bfloat16 or float16.")
+]
 BatchSize = Annotated[str, typer.Option("--batch-size", "-b", help="Most sequences at once; auto limits tokens.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Most tokens read at once.")]
 TokenizerPath = Annotated[Path | None, typer.Option(help="Tokenizer, if not the checkpoint's.")]

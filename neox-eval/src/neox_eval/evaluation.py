@@ -39,18 +39,17 @@ def evaluate_all(
     names = split_names(request.tasks)
     with _harness_environment(names, online=online):
         specs, by_name = read_specs(names)
-        ranks = Ranks()
-        manager: Any = None
-        for checkpoint in _each(checkpoints, ranks):
-            place = Place.of(output, _resolved(checkpoint), several=len(checkpoints) > 1 or checkpoints[0] == "-")
-            if manager is None:
-                manager = _task_manager(request, by_name, names, quiet=quiet or ranks.rank > 0)
-            job = _Job(checkpoint, request, place, ranks, log_samples=log_samples, force=force, quiet=quiet)
-            line = job.run(specs, manager)
-            if line is not None:
-                stdout.write(line.encode() + b"\n")
-                stdout.flush()
-        ranks.close()
+        with contextlib.closing(Ranks()) as ranks:
+            manager: Any = None
+            for checkpoint in _each(checkpoints, ranks):
+                place = Place.of(output, _resolved(checkpoint), several=len(checkpoints) > 1 or checkpoints[0] == "-")
+                if manager is None:
+                    manager = _task_manager(request, by_name, names, quiet=quiet or ranks.rank > 0)
+                job = _Job(checkpoint, request, place, ranks, log_samples=log_samples, force=force, quiet=quiet)
+                line = job.run(specs, manager)
+                if line is not None:
+                    stdout.write(line.encode() + b"\n")
+                    stdout.flush()
 
 
 def _each(checkpoints: Sequence[str], ranks: Ranks) -> Iterator[str]:

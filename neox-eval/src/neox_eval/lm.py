@@ -116,7 +116,7 @@ class NeoxLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the results say about the model."""
         return {
-            "model_num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "model_num_parameters": self.model.config.num_parameters(),
             "model_dtype": str(self.model.dtype),
             "model_revision": "",
             "model_sha": self.identity,

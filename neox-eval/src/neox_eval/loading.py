@@ -41,7 +41,7 @@ def load(
 
     Args:
         device: cpu, cuda, cuda:N; None: a GPU if there is one.
-        dtype: one of DTYPES; auto is the stored type.
+        dtype: one of DTYPES; auto is the stored type, or float32 where the CPU has no hardware for that.
         tokenizer: read it from here instead.
         local_rank: which of the machine's GPUs is this process's.
     Raises:
@@ -51,9 +51,11 @@ def load(
 
     import libneox
     from libneox import cli, run_directory
+    from libneox.generation.prepack import is_slow, prepacked
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+
     def warn(message: str) -> None:
         cli.warn("neox-eval", message)
 
@@ -69,7 +71,9 @@ def load(
         vocab_size=tokens.base.vocab_size,
         warn=warn,
     )
-    return Loaded(model, tokens, _identity(ref, tokens))
+    if dtype == "auto" and is_slow(model):
+        model = model.float()
+    return Loaded(prepacked(model, consume=True), tokens, _identity(ref, tokens))
 
 
 def choose_device(wanted: str | None, local_rank: int = 0) -> str:

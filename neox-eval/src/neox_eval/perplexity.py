@@ -7,6 +7,7 @@ each token is predicted exactly once. Words are what white space separates, as i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -90,27 +91,27 @@ def measure_all(
     from neox_eval.lm import NeoxLM
     from neox_eval.ranks import Ranks
 
-    lm = NeoxLM(
-        checkpoint,
-        tokenizer=model.tokenizer,
-        device=model.device,
-        dtype=model.dtype,
-        batch_size=model.batch_size,
-        max_length=model.max_length,
-        ranks=Ranks(),
-        quiet=True,
-    )
-    if context > lm.max_length:
-        raise UsageError(f"--context {context} is more than the {lm.max_length} tokens that are read at once")
-    for source in data:
-        documents = pair_documents(source, lm) if kind_of(source) == "pair" else jsonl_documents(source, key, lm)
-        totals = measure(lm, itertools.islice(documents, limit), context=context, quiet=quiet)
-        if lm.rank == 0:
-            line = {"data": source, "checkpoint": checkpoint, **totals.figures()}
-            line |= {"max_length": lm.max_length, "context": context}
-            stdout.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
-            stdout.flush()
-    lm.ranks.close()
+    with contextlib.closing(Ranks()) as ranks:
+        lm = NeoxLM(
+            checkpoint,
+            tokenizer=model.tokenizer,
+            device=model.device,
+            dtype=model.dtype,
+            batch_size=model.batch_size,
+            max_length=model.max_length,
+            ranks=ranks,
+            quiet=True,
+        )
+        if context > lm.max_length:
+            raise UsageError(f"--context {context} is more than the {lm.max_length} tokens that are read at once")
+        for source in data:
+            documents = pair_documents(source, lm) if kind_of(source) == "pair" else jsonl_documents(source, key, lm)
+            totals = measure(lm, itertools.islice(documents, limit), context=context, quiet=quiet)
+            if lm.rank == 0:
+                line = {"data": source, "checkpoint": checkpoint, **totals.figures()}
+                line |= {"max_length": lm.max_length, "context": context}
+                stdout.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+                stdout.flush()
 
 
 def kind_of(source: str) -> str:

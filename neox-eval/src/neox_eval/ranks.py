@@ -1,37 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes that share the documents of an evaluation: who they are, and gathering their results.
 
-Messages are JSON in byte tensors over gloo; no pickled object crosses a socket. What is gathered are metrics and
-samples, small beside the work.
+Any launcher that `libneox.parallel.launch` knows may have started them. Messages are JSON in byte tensors over gloo; no
+pickled object crosses a socket. What is gathered are metrics and samples, small beside the work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from libneox.errors import UsageError
+from libneox.errors import PeerLost, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PATIENCE_S = 7 * 86400.0  # for a process whose documents are longer than ours; one that ended is noticed at once
+
 
 class Ranks:
-    """The processes of this evaluation; one of them unless a launcher says otherwise."""
+    """The processes of this evaluation; one of them unless a launcher says otherwise.
+
+    Raises:
+        UsageError: the launcher's variables contradict each other.
+        PeerLost: the others do not come.
+    """
 
     def __init__(self) -> None:
-        try:
-            self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-            self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        except ValueError as error:
-            raise UsageError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}") from error
-        if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"RANK={self.rank} of WORLD_SIZE={self.world_size}; is the launcher set up?")
-        if self.world_size > 1:
-            import torch.distributed as dist
+        from libneox.parallel.launch import discover
 
-            dist.init_process_group("gloo", rank=self.rank, world_size=self.world_size)
+        launch = discover(os.environ)
+        self.rank, self.world_size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
+        self._group: Any = None
+        if self.world_size > 1:
+            from libneox.parallel.group import Group
+
+            self._group = Group(launch, timeout_s=PATIENCE_S)
+            self._group.start_collectives("gloo")
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The same tensor of every rank, stacked on a new first dimension, on the CPU."""
@@ -42,23 +50,21 @@ class Ranks:
         if self.world_size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
+        with _all_there():
+            dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank gave, in order of rank, on every rank. Tuples stay tuples."""
         import torch
-        import torch.distributed as dist
 
         if self.world_size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(_packed(value)).encode()), dtype=torch.uint8)
         sizes = self.all_gather(torch.tensor(len(data))).tolist()
-        parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[: len(data)] = data
-        dist.all_gather(parts, mine)
-        texts = [part[:size].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+        texts = [part[:size].numpy().tobytes() for part, size in zip(self.all_gather(mine), sizes, strict=True)]
         return [_unpacked(json.loads(text)) for text in texts]
 
     def barrier(self) -> None:
@@ -66,14 +72,21 @@ class Ranks:
         if self.world_size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with _all_there():
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the group."""
-        if self.world_size > 1:
-            import torch.distributed as dist
+        if self._group is not None:
+            self._group.close()
 
-            dist.destroy_process_group()
+
+@contextlib.contextmanager
+def _all_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo: connection closed by peer
+        raise PeerLost("another process of this evaluation ended; see its own error") from error
 
 
 def _packed(value: Any) -> Any:

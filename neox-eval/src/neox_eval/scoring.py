@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from libneox.errors import DataError, OutOfMemory
+from libneox.generation.scoring import token_scores
 
 if TYPE_CHECKING:
     from libneox.model import Transformer
-
-LOGITS_AT_ONCE = 1 << 24  # elements of a [P, V] block: 64 MB in float32
 
 
 class Score(NamedTuple):
@@ -151,18 +150,6 @@ def run(model: Transformer, batch: Batch) -> list[tuple[int, Score]]:
     for question, logprobs, greedy in zip(questions, logprobs_P.split(lengths), greedy_P.split(lengths), strict=True):
         results.append((question.index, Score(float(logprobs.sum()), bool(greedy.all()))))
     return results
-
-
-def token_scores(model: Transformer, hidden_PD: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability (float32 [P]) of each target, and whether it is the most probable id (bool [P])."""
-    logprobs, greedy = [], []
-    step = max(1, LOGITS_AT_ONCE // model.config.padded_vocab_size)
-    for part_PD, part_P in zip(hidden_PD.split(step), targets_P.split(step), strict=True):
-        logits_PV = model.logits(part_PD)
-        chosen_P = logits_PV.gather(1, part_P[:, None]).squeeze(1)
-        logprobs.append(chosen_P - logits_PV.logsumexp(dim=1))
-        greedy.append(logits_PV.argmax(dim=1) == part_P)
-    return torch.cat(logprobs).float(), torch.cat(greedy)
 
 
 def _plain_hidden(model: Transformer, groups: list[list[Question]]) -> Tensor:

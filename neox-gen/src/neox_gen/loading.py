@@ -98,7 +98,7 @@ def _load_model(
     import torch
 
     import libneox
-    from libneox.generation.prepack import has_bfloat16
+    from libneox.generation.prepack import is_slow, prepacked
 
     if threads:
         torch.set_num_threads(threads)
@@ -113,8 +113,9 @@ def _load_model(
         if "device" in str(error).lower():
             raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
         raise
-    slow = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not has_bfloat16())
-    return model.float() if device == "cpu" and dtype == "auto" and slow else model
+    if dtype == "auto" and is_slow(model):
+        model = model.float()
+    return prepacked(model, consume=True)
 
 
 def _settings(ref: CheckpointRef) -> dict[str, Any]:

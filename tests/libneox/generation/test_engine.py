@@ -254,7 +254,12 @@ def test_packed_model_equals_the_model(kind: str, noise_model: Build) -> None:
         pytest.skip("no packed kernels here")
     ids = torch.randint(0, 258, (2, 9))
     with torch.inference_mode():
-        torch.testing.assert_close(prepacked(model)(ids), model(ids), atol=2e-5, rtol=1e-5)
+        expected = model(ids)
+        torch.testing.assert_close(prepacked(model)(ids), expected, atol=2e-5, rtol=1e-5)
+        packed = prepacked(model, consume=True)
+        torch.testing.assert_close(packed(ids), expected, atol=2e-5, rtol=1e-5)
+    assert all(module.weight is None for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert prepacked(packed) is packed
 
 
 def test_conversation_reads_only_what_is_new(noise_model: Build, tokenizer: Tokenizer) -> None:

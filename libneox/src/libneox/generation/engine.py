@@ -18,7 +18,7 @@ from torch import Tensor
 from libneox.errors import DataError, UsageError
 from libneox.generation.bandwidth import weight_bytes
 from libneox.generation.lookup import Lookup
-from libneox.generation.prepack import can_prepack, prepacked
+from libneox.generation.prepack import prepacked
 from libneox.generation.sampling import Sampling, choose, penalise, text_generator
 from libneox.generation.steps import Steps
 from libneox.generation.text import TextStream
@@ -131,7 +131,7 @@ class Engine:
     ):
         if max_tokens < 0:
             raise UsageError(f"max-tokens {max_tokens} is negative")
-        self.model = prepacked(model) if prepack and can_prepack(model) else model
+        self.model = prepacked(model) if prepack else model
         self.tokenizer, self.sampling = tokenizer, sampling or Sampling()
         self.max_tokens, self.stop, self.logprobs, self.guesses = max_tokens, list(stop), logprobs, guesses
         self.vocabulary = min(model.config.vocab_size, tokenizer.vocab_size)

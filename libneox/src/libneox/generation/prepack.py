@@ -156,7 +156,15 @@ def can_prepack(model: Transformer) -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
+    if any(type(block.attn.qkv) is not Linear for block in model.layers):  # somebody put other layers in its place
+        return False
     return model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and has_bfloat16())
+
+
+def is_slow(model: Transformer) -> bool:
+    """Whether this CPU has no hardware for the model's dtype, so that it is faster in float32."""
+    half = model.dtype == torch.float16 or (model.dtype == torch.bfloat16 and not has_bfloat16())
+    return half and model.device.type == "cpu"
 
 
 def has_bfloat16() -> bool:
@@ -172,18 +180,26 @@ def _cpu_flags() -> str:
         return ""
 
 
-def prepacked(model: Transformer) -> PackedTransformer:
-    """A model that computes the same with packed weights; everything but the linear maps is shared with `model`.
+def prepacked(model: Transformer, *, consume: bool = False) -> Transformer:
+    """A model that computes the same with packed weights; `model` itself if there are no kernels for it.
 
-    Drop `model` afterwards to free the plain weights.
+    Everything but the linear maps is shared with `model`.
+
+    Args:
+        consume: take each weight out of `model` as it is packed, so that memory never holds two of all; `model` cannot
+            be used afterwards.
     """
+    if isinstance(model, PackedTransformer) or not can_prepack(model):
+        return model
     with torch.device("meta"):
         packed = PackedTransformer(model.config).eval()
     packed.attention, packed.slopes = model.attention, model.slopes
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         path, _, leaf = name.rpartition(".")
         if isinstance(module, Linear):
             setattr(packed.get_submodule(path), leaf, PackedLinear(module.weight, module.bias))
+            if consume:
+                module.weight = None  # type: ignore[assignment]
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 setattr(packed.get_submodule(name), key, parameter)

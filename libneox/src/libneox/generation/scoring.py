@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from libneox.errors import DataError
 from libneox.model import Transformer
-from libneox.model.loss import IGNORE, token_losses
+from libneox.model.loss import IGNORE
 
 if TYPE_CHECKING:
     from libneox.tokenizer import Tokenizer
+
+LOGITS_AT_ONCE = 1 << 24  # elements of a [P, V] block: 64 MB in float32
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -66,12 +69,8 @@ def score(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]
         labels_BT[row, len(context) - 1 : len(text) - 1] = text[len(context) :]
     hidden_BTD = model.hidden(ids_BT.to(model.device))
     counted_BT = (labels_BT != IGNORE).to(model.device)
-    wanted_M = labels_BT.to(model.device)[counted_BT]
-    logits_M1D = hidden_BTD[counted_BT].unsqueeze(1)
-    logprobs = (-token_losses(logits_M1D, model.head_weight, wanted_M.unsqueeze(1)).squeeze(1)).tolist()
-    # The most likely token, over the vocabulary without its padding, a few positions at a time.
-    best = [model.logits(part)[..., : model.config.vocab_size].argmax(-1).flatten() for part in logits_M1D.split(256)]
-    greedy = (torch.cat(best) == wanted_M).tolist() if best else []
+    logprobs_P, greedy_P = token_scores(model, hidden_BTD[counted_BT], labels_BT.to(model.device)[counted_BT])
+    logprobs, greedy = logprobs_P.tolist(), greedy_P.tolist()
     scores, at = [], 0
     for _, own in pairs:
         part = slice(at, at := at + len(own))
@@ -84,3 +83,20 @@ def score(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]
             )
         )
     return scores
+
+
+def token_scores(model: Transformer, hidden_PD: Tensor, targets_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability (float32 [P]) of each target, and whether it is the most probable id (bool [P]).
+
+    Ids that only pad the vocabulary share in the probabilities, as in training, but are never the most probable.
+    """
+    if not len(targets_P):
+        return targets_P.float(), targets_P.bool()
+    logprobs, greedy = [], []
+    step = max(1, LOGITS_AT_ONCE // model.config.padded_vocab_size)
+    for part_PD, part_P in zip(hidden_PD.split(step), targets_P.split(step), strict=True):
+        logits_PV = model.logits(part_PD)
+        chosen_P = logits_PV.gather(1, part_P[:, None]).squeeze(1)
+        logprobs.append(chosen_P - logits_PV.logsumexp(dim=1))
+        greedy.append(logits_PV[:, : model.config.vocab_size].argmax(dim=1) == part_P)
+    return torch.cat(logprobs).float(), torch.cat(greedy)
