@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from libneox.config import BatchPlan, NeoxConfig
 from libneox.data.splits import SampleSet
@@ -35,6 +37,8 @@ class Batches:
     Attributes:
         vocab_size: ids must be below it.
         eod_id: end-of-document, where loss or attention depends on documents.
+        by_token: the loss of a step is the mean over its tokens, rather than the mean of micro-batch means.
+        data_group: process group of the data-parallel ranks, if it is not all of them.
     """
 
     samples: SampleSet
@@ -46,20 +50,39 @@ class Batches:
     eod_mask_loss: bool
     document_mask: bool
     reset_position_ids: bool
+    by_token: bool = False
+    data_group: Any = None
 
-    def step(self, first: int) -> Iterator[MicroBatch]:
-        """The micro-batches of the step that begins at sample `first`."""
-        for micro_step in range(self.plan.grad_accum):
-            yield self.make(sample_numbers(self.plan, first, micro_step, self.data_rank))
+    def step(self, first: int, length: int | None = None) -> Iterator[MicroBatch]:
+        """The micro-batches of the step that begins at sample `first`.
 
-    def make(self, numbers: range) -> MicroBatch:
-        """Tensors of some samples.
+        With `by_token` it is a collective of the data-parallel ranks.
+
+        Args:
+            length: positions that are kept of each sample; default all.
+        """
+        numbers = (sample_numbers(self.plan, first, micro, self.data_rank) for micro in range(self.plan.grad_accum))
+        batches = (self.make(some, length) for some in numbers)
+        return self._with_divisor(list(batches)) if self.by_token else batches
+
+    def _with_divisor(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """Engines take the mean over micro-batches and ranks: with this divisor it is one over the step's tokens."""
+        divisor = torch.stack([weight_of(batch) for batch in batches]).sum()
+        if self.plan.data_parallel > 1:
+            dist.all_reduce(divisor, group=self.data_group)
+        divisor /= self.plan.grad_accum * self.plan.data_parallel
+        return (batch._replace(divisor=divisor) for batch in batches)
+
+    def make(self, numbers: range, length: int | None = None) -> MicroBatch:
+        """Tensors of some samples, cut to `length` positions.
 
         Raises:
             DataError: an id that the tokenizer does not have.
         """
         sample = self.samples.read(np.arange(numbers.start, numbers.stop) % len(self.samples))
         tokens, labels = sample.tokens, sample.labels
+        if length is not None:
+            tokens, labels = tokens[:, : length + 1], labels if labels is None else labels[:, : length + 1]
         self._check(tokens, numbers)
         ids = torch.from_numpy(np.ascontiguousarray(tokens[:, :-1]))
         wanted = tokens[:, 1:] if labels is None else np.where(labels[:, 1:] < 0, IGNORE, labels[:, 1:])
@@ -71,7 +94,12 @@ class Batches:
             documents = numbered if self.document_mask else None
             positions = restarted_positions(numbered) if self.reset_position_ids else None
         tensors = (ids, targets, mask, documents, positions)
-        return MicroBatch(*(t if t is None else t.to(self.device, non_blocking=True) for t in tensors))
+        return MicroBatch(*(t if t is None else self._moved(t) for t in tensors))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device; a GPU fetches it by itself from memory that stays in place."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def _check(self, tokens: np.ndarray[Any, Any], numbers: range) -> None:
         largest = int(tokens.max())
@@ -83,12 +111,19 @@ class Batches:
             )
 
 
+def weight_of(batch: MicroBatch) -> Tensor:
+    """Sum of the weights that the positions of a micro-batch have in the loss, float32 scalar."""
+    weights = (batch.targets != IGNORE).float()
+    return (weights if batch.mask is None else weights * batch.mask).sum()
+
+
 def batches_of(
     config: NeoxConfig,
     samples: SampleSet,
     plan: BatchPlan,
     *,
     data_rank: int,
+    data_group: Any = None,
     device: torch.device,
     vocab_size: int,
     eod_id: int | None,
@@ -105,4 +140,6 @@ def batches_of(
         data.eod_mask_loss,
         data.document_mask,
         data.reset_position_ids,
+        config.optim.loss_weighting == "tokens",
+        data_group,
     )

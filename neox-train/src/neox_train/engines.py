@@ -16,6 +16,7 @@ from libneox.model.init import initial_value
 from libneox.model_config import ModelConfig
 from libneox.parallel.mesh import Mesh
 from libneox.parallel.tensor import Shard, sharded_model, sharded_part
+from neox_train import speed
 from neox_train.objective import build_objective
 from neox_train.optimizers import build_optimizer, kind_of, state_names
 from neox_train.resume import Start
@@ -46,7 +47,10 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
             device=device,
             mesh=mesh,
         )
-    objective = build_objective(config, sharded_model(model_config, shard), shard)
+    model = sharded_model(model_config, shard)
+    if speed.compiles(config, device):
+        speed.compile_blocks(model)
+    objective = build_objective(config, model, shard)
     if runs_plain(config, mesh.world_size):
         from neox_train.plain import PlainEngine
 

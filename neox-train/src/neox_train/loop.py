@@ -8,14 +8,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from libneox import run_directory
 from libneox.config import NeoxConfig
+from libneox.curriculum import Curriculum
 from libneox.errors import NonFiniteLoss, StoppedEarly, StorageError
 from libneox.parallel.group import Group
 from libneox.schedule import Schedule
+from neox_train.ahead import Ahead
 from neox_train.batches import Batches
 from neox_train.objective import MicroBatch
 from neox_train.observers import Observer
@@ -25,6 +28,7 @@ from neox_train.saving import Saver
 from neox_train.signals import StopRequest
 from neox_train.state import TrainState
 from neox_train.steps import Engine
+from neox_train.tasks import Tasks
 
 
 @dataclasses.dataclass
@@ -38,7 +42,7 @@ class Run:
     schedule: Schedule
     train_iters: int
     seq_length: int
-    train: Batches
+    train: Batches | Ahead
     valid: Batches | None
     test: Batches | None
     saver: Saver
@@ -47,7 +51,10 @@ class Run:
     saved: Callable[[int], None]  # told the step of each committed checkpoint
     mark: Callable[[int], None]  # told the step under way, each time this rank got somewhere
     observers: Sequence[Observer] = ()
+    curriculum: Curriculum | None = None
     uploads: Uploads | None = None  # on rank 0, if copies are kept elsewhere
+    tasks: Tasks | None = None
+    told: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures for the next record
 
 
 def train(run: Run) -> dict[str, float]:
@@ -67,13 +74,19 @@ def train(run: Run) -> dict[str, float]:
             settle(run)  # a checkpoint under way is of an earlier step
             raise
         reason = stopping or ("exit_interval" if keys.exit_interval and state.step % keys.exit_interval == 0 else "")
-        if state.step < run.train_iters and (reason or is_due(keys, state.step)):
+        asked = run.tasks is not None and run.tasks.due(state.step)
+        if state.step < run.train_iters and (reason or asked or is_due(keys, state.step)):
             save(run, last=bool(reason))
+            if asked and not reason:
+                run.told |= task_figures(run)
         if reason and state.step < run.train_iters:
             raise StoppedEarly(f"stopped by {reason} after step {state.step}, state saved; run the same command again")
     if run.train_iters > 0:
         save(run, last=True)
-    return finish(run)
+    figures = finish(run)
+    for observer in run.observers:
+        observer.end_run(state.step, figures)
+    return figures
 
 
 def one_step(run: Run) -> str:
@@ -85,7 +98,8 @@ def one_step(run: Run) -> str:
     torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank // run.config.tensor_parallel))
     for observer in run.observers:
         observer.begin_step(state.step + 1)
-    mean = engine.backward(marked(run, run.train.step(state.samples), state.step + 1)).item()
+    length = run.curriculum.length_at(state.step + 1) if run.curriculum is not None else run.seq_length
+    mean = engine.backward(marked(run, run.train.step(state.samples, length), state.step + 1)).item()
     total, stop, written = run.group.sum([mean, float(bool(run.stop)), float(run.saver.written)], engine.device)
     if written == run.group.world_size:
         settle(run)
@@ -99,23 +113,27 @@ def one_step(run: Run) -> str:
     scaler = engine.scalars().get("loss_scaler") if outcome.skipped else None
     if outcome.skipped and scaler is None:
         raise NonFiniteLoss(
-            f"step {state.step + 1}: the gradient is not finite (loss {loss:.4f}); lower the learning rate"
+            f"step {state.step + 1}: the gradient is not finite (loss {loss:.4f}, samples {state.samples} to "
+            f"{state.samples + plan.global_batch - 1}); nothing of this step is saved, lower the learning rate"
         )
-    first = state.samples
+    tokens = plan.global_batch * length
     state.step += 1
     state.samples += plan.global_batch
-    state.tokens += plan.global_batch * run.seq_length
+    state.tokens += tokens
     state.updates += not outcome.skipped
     record = {"step": state.step, "samples": state.samples, "tokens": state.tokens, "loss": loss, "lr": lr}
     record["grad_norm"] = outcome.grad_norm if math.isfinite(outcome.grad_norm) else None
-    record |= extra
+    if run.curriculum is not None:
+        record["curriculum_seqlen"] = length
+    record |= extra | run.told
+    run.told = {}
     if scaler is not None:
         record |= {"skipped": True, "loss_scale": scaler["cur_scale"]}
     seconds = time.perf_counter() - started
     if not stop and run.valid is not None and state.step % run.config.train.eval_interval == 0:
         number = state.step // run.config.train.eval_interval - 1
         record |= evaluation(run, run.valid, "valid", number)
-    run.report.step(record, seconds, (state.samples - first) * run.seq_length)
+    run.report.step(record, seconds, tokens, length)
     for observer in run.observers:
         observer.end_step(record)
     return (run.stop.name or "a signal to another rank") if stop else ""
@@ -130,13 +148,24 @@ def marked(run: Run, batches: Iterator[MicroBatch], step: int) -> Iterator[Micro
 
 
 def blame(run: Run, loss: float, own: float) -> str:
-    """Say whose loss it was, and on which samples."""
-    ranks = [rank for rank, value in enumerate(run.group.gather(own)) if value is None or not math.isfinite(value)]
+    """Say whose loss it was, on which samples, and whether a weight was wrong before."""
+    reports = run.group.gather([own, first_bad(run.engine)])
+    ranks = [rank for rank, (value, _) in enumerate(reports) if not math.isfinite(value)]
+    bad = next((f"{name} of rank {rank} is not finite" for rank, (_, name) in enumerate(reports) if name), "")
     first = run.state.samples
     return (
         f"step {run.state.step + 1}: the loss is {loss} (rank {', '.join(map(str, ranks))}, samples {first} to "
-        f"{first + run.train.plan.global_batch - 1}); nothing of this step is saved, lower the learning rate"
+        f"{first + run.train.plan.global_batch - 1}; {bad or 'all weights are finite'}); nothing of this step is "
+        "saved, lower the learning rate"
     )
+
+
+def first_bad(engine: Engine) -> str:
+    """The first of this rank's weights, in the model's order, that is not finite; an empty text if all are."""
+    for name, parameter in engine.objective.model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            return name
+    return ""
 
 
 def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, float]:
@@ -235,4 +264,17 @@ def finish(run: Run) -> dict[str, float]:
         results |= evaluation(run, run.valid, "valid", run.train_iters // run.config.train.eval_interval)
     if run.test is not None:
         results |= evaluation(run, run.test, "test", 0)
+    if run.tasks is not None and run.train_iters > 0:
+        results |= task_figures(run)
     return results
+
+
+def task_figures(run: Run) -> dict[str, Any]:
+    """What neox-eval says of the checkpoint of this step, once it is committed; empty if it says nothing."""
+    assert run.tasks is not None
+    settle(run)
+    figures = run.tasks.evaluate(run.state.step)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    if shown:
+        run.report.note(f"step {run.state.step}: {shown}")
+    return {"tasks": {"step": run.state.step} | figures} if figures else {}

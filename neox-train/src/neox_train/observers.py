@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from libneox.config import NeoxConfig
 from libneox.errors import UsageError
@@ -25,21 +29,48 @@ class Observer:
     def end_step(self, record: dict[str, Any]) -> None:
         """A step is over; `record` is its line of metrics.jsonl, complete on rank 0."""
 
+    def end_run(self, step: int, closing: dict[str, Any]) -> None:
+        """The last step is done; `closing` are the figures of the evaluations after it."""
+
     def close(self) -> None:
         """The run is over, or has failed."""
 
 
-def build_observers(config: NeoxConfig, group: Group, mesh: Mesh) -> list[Observer]:
-    """The observers a configuration asks for, on every rank the same.
+def build_observers(
+    config: NeoxConfig,
+    group: Group,
+    mesh: Mesh,
+    *,
+    run: Path,
+    first_step: int,
+    device: torch.device,
+    warn: Callable[[str], None],
+) -> list[Observer]:
+    """The observers a configuration asks for; those that talk to each other are on every rank.
+
+    Args:
+        run: the run directory.
+        first_step: number of the step that is done first.
+        warn: prints a line on stderr, on rank 0.
 
     Raises:
         UsageError: it asks for what cannot be seen in this layout.
     """
     observers: list[Observer] = []
+    if config.speed.freeze_gc:
+        from neox_train.speed import QuietCollector
+
+        observers.append(QuietCollector())
     if every := config.train.replica_check_interval:
         if config.zero_stage == 3:
             raise UsageError("replica_check_interval: ZeRO stage 3 keeps no copies to compare; remove it")
         from neox_train.replicas import ReplicaCheck
 
         observers.append(ReplicaCheck(group, mesh, every))
-    return observers
+    if config.log.profile or config.log.memory_profiling:
+        from neox_train.profile import build_profilers
+
+        observers += build_profilers(config, run, group.rank, device, first_step, warn)
+    from neox_train.trackers import build_trackers
+
+    return observers + build_trackers(config, group, run, first_step, warn)

@@ -15,12 +15,21 @@ import torch
 
 from libneox import run_directory
 from libneox.config import NeoxConfig
-from libneox.errors import NeoxError, PeerLost, UsageError
+from libneox.errors import (
+    INTERRUPTED,
+    InputMissing,
+    NeoxError,
+    OutOfMemory,
+    PeerLost,
+    StorageError,
+    UsageError,
+)
 from libneox.parallel.group import Group
 from libneox.parallel.launch import Launch
 from libneox.run_directory import CheckpointRef
-from neox_train import loop
+from neox_train import loop, speed
 from neox_train.remote import Uploads
+from neox_train.report import memory_gb
 from neox_train.resume import Start, find_start, run_path
 from neox_train.setup import prepare
 from neox_train.signals import StopRequest
@@ -41,6 +50,7 @@ class Options:
 def run(config: NeoxConfig, launch: Launch, options: Options) -> None:
     """Train as configured, on this process of the run."""
     device = pick_device(launch, config)
+    speed.set_up(config, device)
     with StopRequest(echoes=launch.world_size > 1).listening() as stop:
         group = Group(launch, timeout_s=options.step_timeout_s)
         try:
@@ -86,6 +96,7 @@ def _run_with_status(
         group.on_first(lambda: stack.enter_context(run_directory.lock(path)))
         status = _Status(path, group)
         status.write("running")
+        stop.last_words = lambda: status.write("failed", code=INTERRUPTED, reason="interrupted twice, left as it was")
         try:
             if group.is_first:
                 for name in run_directory.remove_unfinished(path):
@@ -96,20 +107,38 @@ def _run_with_status(
             with Watch(group, step_timeout_s=options.step_timeout_s, on_loss=status.lost) as watch:
                 figures = _prepare_and_train(config, group, device, options, stop, status, watch, uploads)
             if uploads is not None:  # the other ranks need not wait for this
-                uploads.finish()
+                uploads.finish(lambda: bool(stop))
             status.write("finished", code=0, **({"evaluation": figures} if figures else {}))
-        except NeoxError as error:
-            status.write("stopped" if error.exit_code == 75 else "failed", code=error.exit_code, reason=str(error))
-            raise
-        except MemoryError as error:
-            status.write("failed", code=71, reason=f"out of memory: {error}")
-            raise
         except Exception as error:
-            lost = group.world_size > 1 and is_communication(error)
-            status.write("failed", code=69 if lost else 1, reason=f"{type(error).__name__}: {error}")
-            if lost:
-                raise PeerLost(f"another rank was lost ({error})") from error
-            raise
+            known = _known(error, config, group)
+            if known is None:
+                status.write("failed", code=1, reason=f"{type(error).__name__}: {error}")
+                raise
+            status.write("stopped" if known.exit_code == 75 else "failed", code=known.exit_code, reason=str(known))
+            if known is error:
+                raise
+            raise known from error
+
+
+def _known(error: Exception, config: NeoxConfig, group: Group) -> NeoxError | None:
+    """An error as one of ours, with its exit code; None if it is a bug."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, NeoxError):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        micro_batch = config.batch_plan(group.world_size).micro_batch
+        return OutOfMemory(
+            f"out of memory on rank {group.rank} after a peak of {memory_gb():.2f} GB ({text or 'host'}); lower "
+            f"train_micro_batch_size_per_gpu (it is {micro_batch}) or set checkpoint_activations: true. The last "
+            "checkpoint is whole"
+        )
+    if group.world_size > 1 and is_communication(error):
+        return PeerLost(f"another rank was lost ({error})")
+    if isinstance(error, OSError):
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        kind = InputMissing if isinstance(error, FileNotFoundError) else StorageError
+        return kind(f"{where}{error.strerror or error}; the last checkpoint is whole, run the same command again")
+    return None
 
 
 def _uploads(config: NeoxConfig, group: Group) -> Uploads | None:

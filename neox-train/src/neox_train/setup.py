@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from libneox import run_directory
 from libneox.checkpoint.store import read_trainer
 from libneox.config import BatchPlan, NeoxConfig
+from libneox.curriculum import curriculum_of
 from libneox.data.splits import SampleSet
 from libneox.parallel.group import Group
 from libneox.parallel.mesh import Mesh
 from libneox.tokenizer import Tokenizer
-from neox_train import loop
+from neox_train import loop, speed
+from neox_train.ahead import Ahead
 from neox_train.batches import Batches, batches_of
 from neox_train.engines import DTYPES, build_engine, restore, runs_plain
 from neox_train.inputs import check_same_data, find_tokenizer, open_data, resolve_model
@@ -62,6 +65,7 @@ def prepare(
         qk_norm_groups=model_config.qk_norm_groups if model_config.qk_norm == "joint" else None,
     )
     mesh = mesh_of(config, plan, group)
+    kernel = speed.prefer_kernel(config, model_config, plan.micro_batch, DTYPES[config.compute_precision], device)
     engine = build_engine(config, model_config, device, mesh)
     restore(config, engine, start, state)
     run = run_path(config)
@@ -73,12 +77,16 @@ def prepare(
         quiet=quiet,
         log_interval=config.log.log_interval,
         train_iters=train_iters,
-        flops_per_token=model_config.flops_per_token(seq_length).palm,
+        flops_per_token=functools.cache(lambda length: model_config.flops_per_token(length).palm),
         devices=group.world_size,
         peak_tflops=config.log.peak_theoretical_tflops or measured_tflops(DTYPES[config.compute_precision], device),
     )
     for note in splits.notes:
         report.note(note)
+    if kernel:
+        report.note(f"attention_kernel: {kernel}")
+    if speed.compiles(config, device):
+        report.note("compile: the first step takes the time of a compilation")
     if config.zero_stage == 0 and not runs_plain(config, group.world_size):
         report.note("ZeRO stage 0 runs as stage 1: the same numbers")
 
@@ -91,6 +99,7 @@ def prepare(
             samples,
             plan,
             data_rank=mesh.data_rank,
+            data_group=mesh.groups.get("data"),
             device=device,
             vocab_size=model_config.vocab_size,
             eod_id=eod,
@@ -98,6 +107,8 @@ def prepare(
 
     train = batches(splits.train)
     assert train is not None
+    by_token = config.optim.loss_weighting == "tokens"  # ranks agree on a divisor: collectives stay in one thread
+    ahead = Ahead(train) if config.speed.prefetch and not by_token else train
     return loop.Run(
         config,
         group,
@@ -106,7 +117,7 @@ def prepare(
         pick_schedule(config, start, train_iters),
         train_iters,
         seq_length,
-        train,
+        ahead,
         batches(splits.valid),
         batches(splits.test),
         Saver(run, group, engine, describe(config, mesh, tokenizer)),
@@ -114,7 +125,8 @@ def prepare(
         stop,
         saved,
         mark,
-        build_observers(config, group, mesh),
+        build_observers(config, group, mesh, run=run, first_step=state.step + 1, device=device, warn=report.warn),
+        curriculum_of(config),
     )
 
 

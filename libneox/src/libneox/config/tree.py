@@ -35,6 +35,7 @@ GROUPS: Mapping[str, type] = {
     "parallel": keys.Parallel,
     "precision": keys.Precision,
     "recompute": keys.Recompute,
+    "speed": keys.Speed,
     "te": keys.TransformerEngine,
     "deepspeed": keys.DeepSpeed,
     "log": keys.Log,
@@ -74,6 +75,7 @@ class NeoxConfig:
     parallel: keys.Parallel = dataclasses.field(default_factory=keys.Parallel)
     precision: keys.Precision = dataclasses.field(default_factory=keys.Precision)
     recompute: keys.Recompute = dataclasses.field(default_factory=keys.Recompute)
+    speed: keys.Speed = dataclasses.field(default_factory=keys.Speed)
     te: keys.TransformerEngine = dataclasses.field(default_factory=keys.TransformerEngine)
     deepspeed: keys.DeepSpeed = dataclasses.field(default_factory=keys.DeepSpeed)
     log: keys.Log = dataclasses.field(default_factory=keys.Log)

@@ -4,6 +4,7 @@
 from libneox.config.keys.data import Data, Tokenizer
 from libneox.config.keys.engine import DeepSpeed, Internal, Launch, Parallel, Precision, Recompute
 from libneox.config.keys.model import Model, Moe, Mup, Recurrent, TransformerEngine
+from libneox.config.keys.speed import Speed
 from libneox.config.keys.training import Batch, Generate, LrSchedule, Optim, Post, Train
 from libneox.config.keys.watch import Log
 
@@ -25,6 +26,7 @@ __all__ = [
     "Precision",
     "Recompute",
     "Recurrent",
+    "Speed",
     "Tokenizer",
     "Train",
     "TransformerEngine",

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of what makes a run fast and changes no number beyond rounding. All are new, each can be switched off."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from libneox.config.key import key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How a step is computed, not what."""
+
+    compile: Literal["auto", "on", "off"] = key(
+        "auto",
+        "torch.compile of the blocks, with static shapes. auto: if a compiler is there and train_iters is at least 200 "
+        "(on a CPU 2000), and with one rank to a model, ZeRO up to stage 2 and no curriculum; on: or an error.",
+        synonyms={"true": "on", "false": "off"},
+    )
+    cpu_products: Literal["auto", "onednn", "torch"] = key(
+        "auto", "Who multiplies float32 matrices on a CPU. auto: oneDNN where MKL is slow, on x86 not made by Intel."
+    )
+    keep_host_memory: bool = key(
+        True, "On a CPU the process keeps freed memory for itself: to ask for it again costs up to a third of a step."
+    )
+    attention_kernel: Literal["auto", "torch", "cudnn", "flash", "efficient", "math"] = key(
+        "auto",
+        "Kernel of attention (SDPA). auto: the fastest of a timed trial on a GPU; torch: what torch chooses.",
+    )
+    freeze_gc: bool = key(
+        True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
+    )
+    prefetch: bool = key(True, "A thread makes the next step's batches while this one is computed.")

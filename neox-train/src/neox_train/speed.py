@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a run fast without changing what it computes; each part has its key (`libneox.config.keys.speed`).
+
+Nothing here is chosen with a clock where the choice could change a digit on a CPU: a run that continues must make the
+same choices as the run that stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import shutil
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from libneox.config import NeoxConfig
+from libneox.errors import UsageError
+from libneox.model import Transformer, products
+from libneox.model.transformer import Block
+from libneox.model_config import ModelConfig
+from neox_train.observers import Observer
+
+COMPILE_FROM = {"cuda": 200, "cpu": 2000}  # steps that repay the seconds of a compilation
+COLLECT_EVERY = 1000
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def set_up(config: NeoxConfig, device: torch.device) -> None:
+    """Settings of the process, before the model is built."""
+    if device.type != "cpu":
+        return
+    asked = config.speed.cpu_products
+    on = products.use_onednn(asked == "onednn" or (asked == "auto" and products.mkl_is_slow()))
+    if asked == "onednn" and not on:
+        raise UsageError("cpu_products: this torch was built without oneDNN; set cpu_products: torch")
+    if config.speed.keep_host_memory:
+        keep_host_memory()
+
+
+def keep_host_memory() -> bool:
+    """Let glibc take large blocks from its own heap and give nothing back; returns whether there is a glibc to ask.
+
+    By default every tensor over some MB is fresh memory from the kernel, which clears it page by page, and goes back
+    at once. What is kept can be in pieces: the peak of the process may be a little higher.
+    """
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # one arena, since those of other threads (autograd's is one) are too small for large blocks
+        return all([mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
+    return False
+
+
+def compiles(config: NeoxConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled.
+
+    It depends on the length of the whole run: one that continues near its end computes as it did before.
+
+    Raises:
+        UsageError: `compile: on`, and it cannot be.
+    """
+    asked = config.speed.compile
+    if asked == "off":
+        return False
+    why = _cannot_compile(config, device)
+    if asked == "on" and why:
+        raise UsageError(f"compile: {why}; set compile: auto")
+    return asked == "on" or (not why and (config.train.train_iters or 0) >= COMPILE_FROM[device.type])
+
+
+def _cannot_compile(config: NeoxConfig, device: torch.device) -> str:
+    if config.tensor_parallel > 1 or config.pipeline_stages > 1:
+        return "tensor and pipeline parallelism cannot be compiled through"
+    if config.zero_stage == 3:
+        return "ZeRO stage 3 gathers weights in the midst of a block"
+    if (config.get("curriculum_learning") or {}).get("enabled"):
+        return "a curriculum changes the shapes"
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        return "there is no C++ compiler"
+    return ""
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile every block on its first call. They are alike, so this is one compilation, forward and backward.
+
+    Whole models take minutes, and do not compile together with the loss in bfloat16 on a CPU.
+    """
+    # random numbers as in eager mode: dropout is the same either way
+    for module in model.modules():
+        if isinstance(module, Block):
+            forward = torch.compile(module.forward, dynamic=False, options={"fallback_random": True})
+            module.forward = forward  # type: ignore[method-assign]
+
+
+def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Set the kernel of attention that is tried first; returns its name, "" where torch chooses.
+
+    Args:
+        batch: sequences of a micro-batch.
+    """
+    asked = config.speed.attention_kernel
+    if asked == "auto" and device.type == "cuda":
+        asked = fastest_kernel(model, batch, dtype, device)
+    if asked in ("auto", "torch"):
+        return ""
+    rest = [kernel for name, kernel in KERNELS.items() if name != asked]
+    sdpa_kernel([KERNELS[asked], *rest], set_priority=True).__enter__()  # for the rest of the process
+    return asked
+
+
+def fastest_kernel(model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel with the shortest forward and backward pass at the model's shape, by trial."""
+    shape = (batch, model.seq_length, model.num_heads, model.head_dim)
+    keys = (batch, model.seq_length, model.num_kv_heads, model.head_dim)
+    q, k, v = (torch.randn(s, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for s in (shape, keys, keys))
+    grouped = model.num_heads != model.num_kv_heads
+    seconds = {}
+    for name, kernel in KERNELS.items():
+        with contextlib.suppress(RuntimeError), sdpa_kernel([kernel]):  # it says so where it cannot
+            for attempt in range(4):
+                started = time.perf_counter()
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                took = time.perf_counter() - started
+                seconds[name] = min(seconds.get(name, took), took) if attempt else float("inf")
+    return min(seconds, key=seconds.__getitem__)
+
+
+class QuietCollector(Observer):
+    """Python's garbage collector at fixed places: what lives before the first step is never looked at again."""
+
+    def __init__(self, every: int = COLLECT_EVERY):
+        self._every, self._frozen = every, False
+
+    def begin_step(self, step: int) -> None:
+        """See the class."""
+        if not self._frozen:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            self._frozen = True
+        elif step % self._every == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        """As it was."""
+        if self._frozen:
+            gc.enable()
+            gc.unfreeze()
+            self._frozen = False

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done for speed changes no number, and can be switched off."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from libneox.config import BatchPlan, load_config
+from libneox.errors import DataError, UsageError
+from libneox.model import Transformer, init_weights, products
+from neox_train import speed
+from neox_train.ahead import Ahead
+from neox_train.objective import recompute_blocks
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SHAPE: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "max_position_embeddings": 16,
+    "pos_emb": "rotary", "gpt_j_residual": True, "train_batch_size": 2, "train_iters": 10, "vocab_size": 50,
+}  # fmt: skip
+OFF = {"cpu_products": "torch", "freeze_gc": False, "prefetch": False, "attention_kernel": "torch", "compile": "off"}
+
+
+def config_of(**keys: Any) -> Any:
+    return load_config([SHAPE | keys])
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    yield
+    products.use_onednn(False)
+
+
+def test_same_run_without_any(config: Callable[..., Path], train: Callable[..., Any], losses: Any, tmp_path: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Everything on, beside everything off."""
+    monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
+    fast, plain = tmp_path / "fast", tmp_path / "plain"
+    shared = {"zero_optimization": {"stage": 0}, "attention_dropout": 0.1}
+    train(config("fast.yml", save=str(fast), **shared, cpu_products="onednn", attention_kernel="flash"))
+    assert gc.isenabled()
+    train(config("plain.yml", save=str(plain), **shared, **OFF))
+    assert losses(fast) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks(recompute: bool) -> None:
+    shape = config_of(hidden_dropout=0.2).model_config(50)
+    ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for compiled in (False, True):
+        model = init_weights(Transformer(shape), 0).train()
+        if compiled:
+            speed.compile_blocks(model)
+        if recompute:
+            recompute_blocks(model, 1)
+        torch.manual_seed(1)
+        hidden = model.hidden(ids)
+        hidden.square().mean().backward()
+        found.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_compiles_long_runs_it_can_compile() -> None:
+    def auto(device: torch.device = GPU, **keys: Any) -> bool:
+        return speed.compiles(config_of(**keys), device)
+
+    assert auto(train_iters=1000)
+    assert not auto(train_iters=100)
+    assert not auto(CPU, train_iters=1000)
+    assert not auto(train_iters=1000, compile="off")
+    assert not auto(train_iters=1000, model_parallel_size=2)
+    assert not auto(train_iters=1000, zero_optimization={"stage": 3})
+    assert auto(train_iters=10, compile="on")
+    with pytest.raises(UsageError, match="compile: ZeRO stage 3"):
+        auto(compile="on", zero_optimization={"stage": 3})
+
+
+def test_no_compiler_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not speed.compiles(config_of(train_iters=10**6), CPU)
+    with pytest.raises(UsageError, match="no C\\+\\+ compiler"):
+        speed.compiles(config_of(compile="on"), CPU)
+
+
+def test_products_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "keep_host_memory", lambda: pytest.fail("was switched off"))
+    for asked, slow, expected in (("auto", True, True), ("auto", False, False), ("torch", True, False)):
+        monkeypatch.setattr(products, "mkl_is_slow", lambda slow=slow: slow)
+        speed.set_up(config_of(cpu_products=asked, keep_host_memory=False), CPU)
+        assert products._onednn is expected
+
+
+def test_fastest_kernel_is_one_that_runs() -> None:
+    shape = config_of().model_config(50)
+    assert speed.fastest_kernel(shape, 2, torch.float32, CPU) in ("flash", "math")
+
+
+def test_kernels_agree() -> None:
+    q = torch.randn(2, 4, 16, 8)
+    outs = []
+    for name in ("flash", "math"):
+        with torch.nn.attention.sdpa_kernel([speed.KERNELS[name]]):
+            outs.append(torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    torch.testing.assert_close(*outs)
+
+
+def test_collector_runs_between_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *a: calls.append(1))
+    quiet = speed.QuietCollector(every=3)
+    for step in range(1, 8):
+        quiet.begin_step(step)
+        assert not gc.isenabled()
+    assert len(calls) == 3  # the first step, 3 and 6
+    quiet.close()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+class Counted:
+    """Stands in for Batches: a step is a list with what it was asked for."""
+
+    plan = BatchPlan(global_batch=4, micro_batch=2, grad_accum=2, data_parallel=1)
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int | None]] = []
+
+    def step(self, first: int, length: int | None = None) -> Iterator[Any]:
+        self.asked.append((first, length))
+        if first == 12:
+            raise DataError("sample 12 is bad")
+        return iter([first, length])
+
+
+def test_batches_ahead_are_the_ones_asked_for() -> None:
+    batches = Counted()
+    ahead = Ahead(batches)  # type: ignore[arg-type]
+    assert [list(ahead.step(first, 16)) for first in (0, 4)] == [[0, 16], [4, 16]]
+    assert list(ahead.step(8, 8)) == [8, 8]  # another length than expected
+    with pytest.raises(DataError, match="sample 12"):
+        ahead.step(12, 8)
+    assert list(ahead.step(0, 8)) == [0, 8]
+    assert batches.asked[:2] == [(0, 16), (4, 16)]
