@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from libneox.config import NeoxConfig
 from libneox.model import Transformer
 from libneox.model.loss import ALL, Vocabulary, linear_cross_entropy
-from libneox.parallel.tensor import WHOLE, Shard
+from libneox.parallel.shard import WHOLE, Shard
 from libneox.parallel.vocabulary import SharedVocabulary
 
 
@@ -26,6 +26,7 @@ class MicroBatch(NamedTuple):
         mask: float32 [B, T], weight of each position in the loss; None is all ones.
         documents: int64 [B, T], number of the document a position is in; None: attention is not bounded by documents.
         positions: int64 [B, T]; None is 0..T-1.
+        divisor: float32 scalar, what the weighted sum of losses is divided by; None is the sum of the weights.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class MicroBatch(NamedTuple):
     mask: Tensor | None = None
     documents: Tensor | None = None
     positions: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 class LanguageModeling(nn.Module):
@@ -57,10 +59,11 @@ class LanguageModeling(nn.Module):
         mask: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
+        divisor: Tensor | None = None,
     ) -> Tensor:
         """The fields of a MicroBatch, one by one (engines look into the arguments) -> float32 scalar."""
         hidden_BTD = self.model.hidden(ids, positions_BT=positions, documents_BT=documents)
-        return self.loss(hidden_BTD, MicroBatch(ids, targets, mask))
+        return self.loss(hidden_BTD, MicroBatch(ids, targets, mask, divisor=divisor))
 
     def loss(self, hidden_BTD: Tensor, batch: MicroBatch) -> Tensor:
         """The head and what comes after it."""
@@ -70,6 +73,7 @@ class LanguageModeling(nn.Module):
             self.model.head_weight,
             batch.targets,
             batch.mask,
+            divisor=batch.divisor,
             z_loss=z_loss,
             vocabulary=self.vocabulary,
         )

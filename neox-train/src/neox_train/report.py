@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class Report:
 
     metrics.jsonl holds one object a step: `step`, `samples`, `tokens` (totals), `loss`, `lr` (used by this step),
     `grad_norm` (before clipping), `step_s`, `tokens_per_s`, `tflops` (per device, model FLOPs), `mfu`, `memory_gb`
-    (peak, of this process or its device), `eta_s`; `loss_scale` and `skipped` where they mean something; after an
+    (peak, of this process or its device), `eta_s`; `loss_scale`, `skipped` and
+    `curriculum_seqlen` where they mean something; after an
     evaluation `valid_loss` and `valid_ppl`. The figures of the closing evaluations are in run_status.json.
     """
 
@@ -35,7 +37,7 @@ class Report:
         quiet: bool,
         log_interval: int,
         train_iters: int,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         devices: int,
         peak_tflops: float | None,
     ):
@@ -46,8 +48,8 @@ class Report:
         self._rates: list[float] = []
         self._live = active and not quiet and sys.stderr.isatty()
 
-    def step(self, record: dict[str, Any], seconds: float, tokens: int) -> None:
-        """Complete the record of a step and write it."""
+    def step(self, record: dict[str, Any], seconds: float, tokens: int, length: int) -> None:
+        """Complete the record of a step of `tokens` tokens, in samples of `length`, and write it."""
         if self._file is None:
             return
         rate = tokens / max(seconds, 1e-9)
@@ -55,7 +57,7 @@ class Report:
             self._rates = [*self._rates[-99:], seconds]
         self._first_step = False
         typical = sorted(self._rates)[len(self._rates) // 2] if self._rates else seconds
-        tflops = rate * self._flops / self._devices / 1e12
+        tflops = rate * self._flops(length) / self._devices / 1e12
         record |= {"step_s": round(seconds, 6), "tokens_per_s": round(rate, 1), "tflops": round(tflops, 4)}
         if self._peak:
             record["mfu"] = round(tflops / self._peak, 4)

@@ -22,7 +22,8 @@ NEW = {
     "ffn_hidden_size", "head_dim", "vocab_size", "padded_vocab_size", "use_bias_in_qkv", "use_bias_in_attn_out",
     "rope_scaling", "qk_norm", "qk_norm_groups", "mup_base_hidden_size", "tokenizer", "order", "document_mask",
     "reset_position_ids", "wsd_decay_fraction", "wsd_decay_style", "engine",
-    "async_save", "on_save_error", "replica_check_interval",
+    "async_save", "on_save_error", "replica_check_interval", "loss_weighting", "compile", "cpu_products",
+    "keep_host_memory", "attention_kernel", "freeze_gc", "prefetch",
 }  # fmt: skip
 SPECIAL = {  # values that pass the checks across keys
     "attention_config": [[["flash"], 2]],
@@ -38,6 +39,13 @@ SPECIAL = {  # values that pass the checks across keys
     "data_impl": "mmap",
     "data_types": {"grad_accum_dtype": "fp32"},
     "intermediate_size": 128,
+    "curriculum_learning": {
+        "enabled": True,
+        "min_difficulty": 8,
+        "max_difficulty": 16,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
+    },
     "fp16": {"enabled": True},
     "bf16": {"enabled": True},
     "profile_step_start": 11,

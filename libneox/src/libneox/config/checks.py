@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from libneox.config.architecture import check_architecture
 from libneox.config.problems import Problems, suggestion
 from libneox.config.tree import all_keys
+from libneox.errors import UsageError
 
 if TYPE_CHECKING:
     from libneox.config.tree import NeoxConfig
@@ -50,6 +51,7 @@ def check_values(config: NeoxConfig, problems: Problems) -> None:
     check.zero()
     check.tokenizer()
     check.mup()
+    check.curriculum()
     if any(config.is_set(name) for name in ("num_layers", "hidden_size", "num_attention_heads")):
         check_architecture(config, problems)
 
@@ -170,6 +172,15 @@ class _Check:
         kind = self.config.optimizer_type
         if self.config.mup.use_mup and kind in OPTIMIZERS and kind not in MUP_OPTIMIZERS:
             self.bad("use_mup", f"has no rule for the rates of {kind}; set optimizer.type to adam, sgd, lion or sm3")
+
+    def curriculum(self) -> None:
+        from libneox.curriculum import curriculum_of
+
+        try:
+            curriculum_of(self.config)
+        except UsageError as error:
+            key, _, message = str(error).partition(": ")
+            self.bad(key, message)
 
     def zero(self) -> None:
         section = self.config.parallel.zero_optimization

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from libneox.config.partition import partition
 from libneox.config.writer import write_yaml
+from libneox.curriculum import curriculum_of, periods
 from libneox.errors import UsageError
 from libneox.files import human_bytes
 
@@ -30,8 +31,8 @@ FORMULAS = {
     "weights": "parameters of the stage / TP (norms and output biases whole), 2 bytes each (fp32: 4); ZeRO-3: / DP",
     "gradients": "as many, 2 bytes each (fp32 or grad_accum_dtype fp32: 4); ZeRO-2 and 3: / DP",
     "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (whole for sm3, muon, adafactor)",
-    "activations": "micro-batch * sequence * batches in flight (PP - stage) * layers of the stage * numbers kept, "
-    "which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + (3q + 3kv, without "
+    "activations": "micro-batch * sequence * batches in flight (PP - stage; dualpipev PP + 1/2) * layers of the stage * "
+    "numbers kept, which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + (3q + 3kv, without "
     "rotary 2q + 2kv, + 2f, gated 4f) / TP; with checkpoint_activations h a layer and one layer in full; last stage: "
     "2h, and 1024 * V / TP for the loss",
 }
@@ -108,12 +109,14 @@ def render(report: dict[str, Any]) -> str:
         )
     tokens = report["tokens"]
     if tokens["total"] is not None:
-        lines.append(f"tokens          {tokens['total']:,} = {tokens['steps']:,} steps of {tokens['per_step']:,}")
+        first = f"{tokens['per_step_first']:,} to " if tokens["per_step_first"] != tokens["per_step"] else ""
+        steps = f"{tokens['steps']:,} steps of {first}{tokens['per_step']:,}"
+        lines.append(f"tokens          {tokens['total']:,} = {steps}")
     if report["schedule"]:
         lines.append(f"learning rate   {report['schedule']['summary']}")
     lines.append(f"FLOPs per token {flops['palm']:.4g} (PaLM: 6N + 12Lhs), {flops['causal']:.4g} (causal)")
     if tokens["total"] is not None:
-        lines.append(f"FLOPs in all    {flops['palm'] * tokens['total']:.3g} (PaLM)")
+        lines.append(f"FLOPs in all    {tokens['flops_palm']:.3g} (PaLM)")
     settings = ["", "effective configuration, defaults left out:", write_yaml(report["config"])]
     return "\n".join([*lines, "", *_memory_table(report["memory_per_rank"]), *settings])
 
@@ -189,10 +192,23 @@ def _parts(model: ModelConfig) -> dict[str, int]:
 
 
 def _tokens(config: NeoxConfig, model: ModelConfig, plan: BatchPlan | None) -> dict[str, int | None]:
+    """Tokens and FLOPs of the run; with a curriculum `per_step` is that of the last step."""
     steps = config.train.train_iters
-    per_step = plan.global_batch * model.seq_length if plan else None
-    total = steps * per_step if steps is not None and per_step is not None else None
-    return {"steps": steps, "per_step": per_step, "total": total}
+    if plan is None or steps is None:
+        per_step = plan.global_batch * model.seq_length if plan else None
+        return {"steps": steps, "per_step_first": per_step, "per_step": per_step, "total": None, "flops_palm": None}
+    curriculum = curriculum_of(config)
+    lengths = list(periods(curriculum, max(1, steps))) if curriculum is not None else [(model.seq_length, steps)]
+    if steps == 0:
+        lengths = [(lengths[0][0], 0)]
+    parts = [(plan.global_batch * length * count, length) for length, count in lengths]
+    return {
+        "steps": steps,
+        "per_step_first": plan.global_batch * lengths[0][0],
+        "per_step": plan.global_batch * lengths[-1][0],
+        "total": sum(tokens for tokens, _ in parts),
+        "flops_palm": sum(model.flops_per_token(length).palm * tokens for tokens, length in parts),
+    }
 
 
 def _schedule(config: NeoxConfig) -> dict[str, Any] | None:
@@ -211,8 +227,10 @@ def _schedule(config: NeoxConfig) -> dict[str, Any] | None:
 def _memory(config: NeoxConfig, model: ModelConfig, plan: BatchPlan | None, world: int) -> list[dict[str, int]]:
     micro = plan.micro_batch if plan else 1
     accumulation = plan.grad_accum if plan else 1
-    parts = partition(model, config.pipeline_stages, config.parallel.pipe_partition_method)
+    parts = partition(model, config.pipeline_parts, config.parallel.pipe_partition_method)
     blocks = [sum(1 <= piece <= model.num_layers for piece in part) for part in parts]
+    if config.folds_pipeline:
+        blocks = [front + back for front, back in zip(blocks, reversed(blocks[len(blocks) // 2 :]), strict=False)]
     stages = [
         _stage_memory(config, model, stage, layers, micro, accumulation, world) for stage, layers in enumerate(blocks)
     ]
@@ -224,7 +242,7 @@ def _stage_memory(
 ) -> StageMemory:
     pipe, tensor = config.pipeline_stages, config.tensor_parallel
     data = max(1, world // (pipe * tensor))
-    held = _held_parameters(model, layers, first=stage == 0, last=stage == pipe - 1, tensor=tensor)
+    held = _held_parameters(model, layers, first=stage == 0, last=stage == _loss_stage(config), tensor=tensor)
     zero = max(1, config.zero_stage)
     full = config.compute_precision == "fp32"
     weight_bytes = 4 if full else 2
@@ -248,6 +266,10 @@ def _stage_memory(
         activations=_activations(config, model, layers, stage, micro, accumulation) * weight_bytes,
         host=optimizer if offloaded else 0,
     )
+
+
+def _loss_stage(config: NeoxConfig) -> int:
+    return 0 if config.folds_pipeline else config.pipeline_stages - 1
 
 
 def _held_parameters(model: ModelConfig, layers: int, *, first: bool, last: bool, tensor: int) -> int:
@@ -276,11 +298,11 @@ def _activations(config: NeoxConfig, model: ModelConfig, layers: int, stage: int
     attention = (3 if model.pos_emb == "rotary" else 2) * (q + kv)
     mlp = (4 if model.gated else 2) * model.ffn_size
     layer = norms / (tensor if config.parallel.sequence_parallel else 1) + (attention + mlp) / tensor
-    in_flight = min(pipe - stage, accumulation) if pipe > 1 else 1
+    in_flight = pipe + 0.5 if config.folds_pipeline else min(pipe - stage, accumulation) if pipe > 1 else 1
     if config.recompute.checkpoint_activations:
         kept = tokens * (in_flight * layers * model.hidden_size + layer)
     else:
         kept = tokens * in_flight * layers * layer
-    if stage == pipe - 1:
+    if stage == _loss_stage(config):
         kept += tokens * 2 * model.hidden_size + min(tokens, LOSS_CHUNK_TOKENS) * model.padded_vocab_size / tensor
     return int(kept)

@@ -108,32 +108,13 @@ NOT_YET: tuple[NotYet, ...] = (
         ),
     ),
     NotYet(("autotuning", "autotuning_run"), "the autotuner is not there yet; remove it"),
-    NotYet(("curriculum_learning",), "curricula are not there yet; remove it", _section_on("curriculum_learning")),
     NotYet(("soft_prompt_tuning",), "soft prompts are not there yet; remove it", _section_on("soft_prompt_tuning")),
     NotYet(("use_bnb_optimizer",), "8-bit Adam is not there yet; set use_bnb_optimizer: false"),
-    NotYet(("eval_tasks", "eval_results_prefix"), "tasks in training are not there yet; run neox-eval on a checkpoint"),
     NotYet(("char_level_ppl",), "perplexity per character is not there yet; set char_level_ppl: false"),
     NotYet(
         ("checkpoint_validation_with_forward_pass",),
         "the check with stored logits is not there yet; the hashes of a checkpoint are always verified",
     ),
-    NotYet(("tensorboard_dir",), "TensorBoard is not there yet; RUN/metrics.jsonl holds every figure"),
-    NotYet(
-        (
-            "use_wandb", "wandb_project", "wandb_group", "wandb_run_name", "wandb_team", "wandb_host",
-            "wandb_init_all_ranks",
-        ),
-        "Weights & Biases is not there yet; set use_wandb: false, RUN/metrics.jsonl holds every figure",
-        lambda config: bool(config.log.use_wandb),
-    ),
-    NotYet(
-        (
-            "use_comet", "comet_workspace", "comet_project", "comet_experiment_name", "comet_tags", "comet_others",
-        ),
-        "Comet is not there yet; set use_comet: false, RUN/metrics.jsonl holds every figure",
-        lambda config: bool(config.log.use_comet),
-    ),
-    NotYet(("log_dir",), "a copy of what is printed is not there yet; redirect stderr"),
     NotYet(
         ("log_param_norm", "log_grad_norm", "log_grad_pct_zeros", "log_optimizer_states"),
         "norms of single tensors are not there yet; RUN/metrics.jsonl holds the global gradient norm",
@@ -142,16 +123,6 @@ NOT_YET: tuple[NotYet, ...] = (
         ("log_gradient_noise_scale", "gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"),
         "the gradient noise scale is not there yet; set log_gradient_noise_scale: false",
         lambda config: config.log.log_gradient_noise_scale,
-    ),
-    NotYet(
-        ("memory_profiling", "memory_profiling_path"),
-        "memory snapshots are not there yet; set memory_profiling: false",
-        lambda config: config.log.memory_profiling,
-    ),
-    NotYet(
-        ("profile", "profile_step_start", "profile_step_stop"),
-        "profiling is not there yet; set profile: false",
-        lambda config: config.log.profile,
     ),
 )  # fmt: skip
 

@@ -49,6 +49,7 @@ def linear_cross_entropy(
     labels_BT: Tensor,
     mask_BT: Tensor | None = None,
     *,
+    divisor: Tensor | None = None,
     z_loss: float = 0.0,
     vocabulary: Vocabulary = ALL,
 ) -> Tensor:
@@ -61,6 +62,7 @@ def linear_cross_entropy(
         weight_VD: the head, or the tied embedding.
         labels_BT: int64; -100 is left out of the mean.
         mask_BT: weight of each position, float or bool; all ones if None.
+        divisor: float32 scalar that sum(ce * mask) is divided by instead of sum(mask).
         z_loss: adds z_loss * mean(logsumexp^2) (PaLM, arXiv 2204.02311).
         vocabulary: what the rows of `weight_VD` are.
     Returns:
@@ -69,7 +71,7 @@ def linear_cross_entropy(
     weights_BT = (labels_BT != IGNORE).float()
     if mask_BT is not None:
         weights_BT = weights_BT * mask_BT
-    total = weights_BT.sum()
+    total = weights_BT.sum() if divisor is None else divisor
     weights_BT = weights_BT / torch.where(total > 0, total, torch.ones_like(total))
     labels = labels_BT.clamp(min=0).reshape(-1)
     return _WeightedLoss.apply(hidden_BTD.flatten(0, -2), weight_VD, labels, weights_BT.reshape(-1), z_loss, vocabulary)

@@ -19,7 +19,15 @@ class Parallel:
     model_parallel_size: int = key(1, "Tensor-parallel ranks.", minimum=0)
     pipe_parallel_size: int = key(0, "Pipeline stages; 0 and 1 both mean no pipeline.", minimum=0)
     pipe_partition_method: str = key(
-        "type:transformer|mlp", "What is balanced between stages: parameters, uniform or type:REGEX."
+        "type:transformer|mlp",
+        "What is balanced between stages: parameters, uniform (the number of layers) or type:REGEX (the number of "
+        "layers whose GPT-NeoX class, EmbeddingPipe, ParallelTransformerLayerPipe, NormPipe or ParallelLinearPipe, has "
+        "REGEX in its name).",
+    )
+    pipe_schedule: Literal["1f1b", "dualpipev"] = key(
+        "1f1b",
+        "Order of work in a pipeline. dualpipev (DeepSeek-V3): each stage holds two parts of the model and is idle for "
+        "a shorter time; a step needs at least twice as many micro-batches as there are stages. New.",
     )
     sequence_parallel: bool = key(False, "Split norms and dropouts along the sequence within a tensor-parallel group.")
     zero_optimization: Section = key(
@@ -172,14 +180,17 @@ class DeepSpeed:
     comms_logger: Section = key(None, "DeepSpeed's log of communication.")
     curriculum_learning: Section = key(
         None,
-        "Sequence length that grows.",
+        "Sequence length that grows: in each step samples are cut to its length, what is cut off is not seen; "
+        "validation has full length. `tokens` counts what was used.",
         sections={
             "enabled": "true or false",
             "curriculum_type": "seqlen",
             "min_difficulty": "first length",
-            "max_difficulty": "last length",
+            "max_difficulty": "last length, at most seq_length",
             "schedule_type": "fixed_linear, fixed_root or fixed_discrete",
-            "schedule_config": "total_curriculum_step, difficulty_step, root_degree, difficulty, max_step",
+            "schedule_config": "fixed_linear: total_curriculum_step, difficulty_step (lengths are multiples of it); "
+            "fixed_root: root_degree too; fixed_discrete: difficulty, the lengths, and max_step, where each but the "
+            "last one ends",
         },
     )
     autotuning: Section = key(None, "DeepSpeed's autotuner.")

@@ -17,8 +17,14 @@ class Train:
     exit_interval: int | None = key(None, "Save and stop at the first step that this divides.", minimum=1)
     eval_interval: int = key(1000, "Validate every so many steps.", minimum=1)
     eval_iters: int = key(100, "Global batches of one validation.", minimum=0)
-    eval_tasks: list[str] | None = key(None, "lm-eval tasks run at each validation.")
-    eval_results_prefix: str = key("", "Start of the name of result files of eval_tasks.")
+    eval_tasks: list[str] | None = key(
+        None,
+        "Tasks that neox-eval, which must be installed, does with the checkpoint of every eval_interval-th step, which "
+        "is saved for it, and of the last: names, task files, data files. Training waits.",
+    )
+    eval_results_prefix: str = key(
+        "", "Results of eval_tasks go to PREFIX_eval_results_step_N.json; default: to the run directory."
+    )
     char_level_ppl: bool = key(False, "Report perplexity per character too.")
 
     save: str | None = key(None, "Run directory: checkpoints, metrics, log.")
@@ -98,6 +104,11 @@ class Optim:
     use_bnb_optimizer: bool = key(False, "8-bit Adam of bitsandbytes.")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.", minimum=0)
     gradient_clipping: float = key(1.0, "Largest global L2 norm of the gradient; 0 switches clipping off.", minimum=0)
+    loss_weighting: Literal["micro_batches", "tokens"] = key(
+        "micro_batches",
+        "Loss of a step: the mean of its micro-batches' means, as in GPT-NeoX, or the mean over all of its tokens that "
+        "count, which is the same however the batch is cut. They differ where tokens are masked. New.",
+    )
     z_loss: float = key(
         0.0, "Weight of the squared log of the softmax's denominator (reward model: squared score).", minimum=0
     )
