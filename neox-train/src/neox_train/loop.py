@@ -57,7 +57,7 @@ class Run:
     told: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures for the next record
 
 
-def train(run: Run) -> dict[str, float]:
+def train(run: Run) -> dict[str, Any]:
     """Train to the last step; returns the figures of the closing evaluations.
 
     Raises:
@@ -257,9 +257,9 @@ def tolerate(run: Run, error: StorageError, *, last: bool) -> None:
     run.report.warn(f"{error}; going on without it (on_save_error: continue)")
 
 
-def finish(run: Run) -> dict[str, float]:
+def finish(run: Run) -> dict[str, Any]:
     """The evaluations after the last step: the figures, by name."""
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if run.valid is not None:
         results |= evaluation(run, run.valid, "valid", run.train_iters // run.config.train.eval_interval)
     if run.test is not None:
@@ -273,6 +273,8 @@ def task_figures(run: Run) -> dict[str, Any]:
     """What neox-eval says of the checkpoint of this step, once it is committed; empty if it says nothing."""
     assert run.tasks is not None
     settle(run)
+    if run.engine.device.type == "cuda":
+        torch.cuda.empty_cache()  # the evaluation is another process on the same device
     figures = run.tasks.evaluate(run.state.step)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if shown:

@@ -11,12 +11,12 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from libneox import run_directory
-from libneox.errors import InputMissing, IntegrityError, NeoxError, StorageError, UsageError
+from libneox.errors import InputMissing, IntegrityError, NeoxError, StoppedEarly, StorageError, UsageError
 from libneox.files import write_text
 from libneox.run_directory import MANIFEST, Manifest, Warn
 
@@ -82,22 +82,28 @@ class Uploads:
             self._waiting.add(step)
         self._work()
 
-    def finish(self) -> None:
+    def finish(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Wait for everything; what failed is tried once more.
 
+        Args:
+            stopped: whether somebody has asked the run to stop; then nothing more is waited for.
         Raises:
             StorageError: something is still not there.
+            StoppedEarly: likewise, because the run was stopped.
         """
-        self.wait(None)
-        if self.pending:
-            self._work()
-            self.wait(None)
+        for _ in range(2):
+            if self.pending:
+                self._work()
+            while self._thread is not None and self._thread.is_alive() and not stopped():
+                self.wait(0.2)
         if self.pending:
             names = ", ".join(f"step_{step}" for step in sorted(self.pending))
+            if stopped():
+                raise StoppedEarly(f"stopped before {names} was copied to {self._url}; run the same command again")
             raise StorageError(f"{self._url}: {names} not copied, {self._problem}; run the same command again")
 
     def wait(self, seconds: float | None) -> None:
-        """Let the thread work for so long at most."""
+        """Let the thread work, for so long at most."""
         thread = self._thread
         if thread is not None:
             thread.join(seconds)

@@ -30,6 +30,7 @@ from neox_train.resume import Start, run_path, stored_config
 from neox_train.saving import Description, Saver
 from neox_train.signals import StopRequest
 from neox_train.state import TrainState
+from neox_train.tasks import Tasks
 
 
 def prepare(
@@ -87,6 +88,8 @@ def prepare(
         report.note(f"attention_kernel: {kernel}")
     if speed.compiles(config, device):
         report.note("compile: the first step takes the time of a compilation")
+    if state.samples != state.step * plan.global_batch:
+        report.note(f"going on at sample {state.samples} of the order, {plan.global_batch} samples a step from here")
     if config.zero_stage == 0 and not runs_plain(config, group.world_size):
         report.note("ZeRO stage 0 runs as stage 1: the same numbers")
 
@@ -127,7 +130,21 @@ def prepare(
         mark,
         build_observers(config, group, mesh, run=run, first_step=state.step + 1, device=device, warn=report.warn),
         curriculum_of(config),
+        tasks=tasks_of(config, run, group, device, stop, mark, report) if config.train.eval_tasks else None,
     )
+
+
+def tasks_of(
+    config: NeoxConfig,
+    run: Path,
+    group: Group,
+    device: torch.device,
+    stop: StopRequest,
+    mark: Callable[[int], None],
+    report: Report,
+) -> Tasks:
+    """What evaluates checkpoints on the way, on the device of rank 0."""
+    return Tasks(config, run, group, str(device), asked=lambda: bool(stop), mark=mark, warn=report.warn)
 
 
 def mesh_of(config: NeoxConfig, plan: BatchPlan, group: Group) -> Mesh:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from libneox.errors import INTERRUPTED
@@ -24,6 +24,7 @@ class StopRequest:
     def __init__(self, *, echoes: bool):
         """`echoes`: a launcher may deliver one request twice; a second SIGINT within a second is not a second one."""
         self.name = ""
+        self.last_words: Callable[[], None] = lambda: None  # said before a second SIGINT ends the process
         self._first_interrupt = 0.0
         self._echoes = echoes
 
@@ -45,6 +46,8 @@ class StopRequest:
             now = time.monotonic()
             if self._first_interrupt and not (self._echoes and now - self._first_interrupt < ECHO_S):
                 os.write(2, b"neox-train: interrupted again; leaving without saving\n")
+                with contextlib.suppress(Exception):
+                    self.last_words()
                 os._exit(INTERRUPTED)
             self._first_interrupt = self._first_interrupt or now
         if not self.name:
