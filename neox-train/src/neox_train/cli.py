@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import typer
 
@@ -54,6 +54,11 @@ def train(
     from libneox.config import load_config
 
     loaded = load_config(config or [], overrides=settings or [], conf_dir=conf_dir)
+    if loaded.log.log_dir and not (print_config or dry_run):
+        from libneox.parallel.launch import discover
+        from neox_train.log_copy import copy_stderr
+
+        copy_stderr(loaded.log.log_dir, discover(os.environ).rank)
     for warning in loaded.warnings:
         cli.warn(PROG, f"warning: {warning}")
     if print_config:
@@ -93,9 +98,12 @@ def _dry_run(stdout: BinaryIO, config: NeoxConfig, as_json: bool) -> None:
 def start_training(config: NeoxConfig, stdout: BinaryIO, *, quiet: bool, step_timeout: float) -> None:
     """Everything that can be wrong without torch is found before torch is imported."""
     from libneox.config.support import check_supported
-    from libneox.parallel.launch import discover
+    from libneox.parallel.launch import discover, unled
+    from neox_train.extras import check_installed
 
     launch = discover(os.environ)
+    if launch.launcher == "none" and (warning := unled(os.environ)):
+        cli.warn(PROG, f"warning: {warning}")
     if config.mup.coord_check:
         if launch.world_size > 1:
             raise UsageError("coord_check: is made by one process; start it without a launcher")
@@ -105,6 +113,7 @@ def start_training(config: NeoxConfig, stdout: BinaryIO, *, quiet: bool, step_ti
         coordinate_check(config, stdout, quiet=quiet)
         return
     check_supported(config, launch.world_size)
+    check_installed(config)
     config.batch_plan(launch.world_size)
     if not (config.data.data_path or config.data.train_data_paths or config.data.pos_train_data_paths):
         raise UsageError("data_path: is not set; give --set data_path=PREFIX of a dataset that neox-shard wrote")
@@ -113,6 +122,40 @@ def start_training(config: NeoxConfig, stdout: BinaryIO, *, quiet: bool, step_ti
     run(config, launch, Options(stdout=stdout.fileno(), quiet=quiet, step_timeout_s=step_timeout))
 
 
+BENCH_BATCH_CPU = 2
+_CPU_BATCH = f"Samples of a micro-batch; default: the preset's, on a CPU {BENCH_BATCH_CPU}."
+
+
+def bench(
+    config: Annotated[list[str] | None, typer.Argument(help="Presets and YAML files; default pythia/160M.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key; wins over the files.")
+    ] = None,
+    versus: Annotated[Literal["hf"] | None, typer.Option("--vs", help="Measure transformers beside it.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help=_CPU_BATCH)] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of a round.")] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds; with --vs they take turns.")] = 5,
+    as_json: cli.Json = False,
+    *,
+    stdout: BinaryIO,
+) -> None:
+    """Measure the training step of a configuration beside the limits of this machine.
+
+    One process, random tokens, one micro-batch a step (--set gradient_accumulation_steps=N for more).
+    """
+    from libneox.config import load_config
+    from libneox.config.support import check_supported
+
+    loaded = load_config(config or ["pythia/160M"], overrides=settings or [])
+    check_supported(loaded.replace(data_path="random tokens"))
+    from neox_train.benchmark import benchmark, prepared, render
+
+    asked = {word.partition("=")[0].replace("-", "_") for word in settings or []}
+    loaded = prepared(loaded, asked, batch, cpu_batch=BENCH_BATCH_CPU)
+    result = benchmark(loaded, versus=versus is not None, steps=steps, rounds=rounds)
+    stdout.write((json.dumps(result) + "\n" if as_json else render(result)).encode())
+
+
 def main() -> None:
     """Entry point."""
-    cli.run(PROG, train)
+    cli.run(PROG, train, {"bench": bench})

@@ -53,11 +53,21 @@ def keep_host_memory() -> bool:
     By default every tensor over some MB is fresh memory from the kernel, which clears it page by page, and goes back
     at once. What is kept can be in pieces: the peak of the process may be a little higher.
     """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    # one arena, since those of other threads (autograd's is one) are too small for large blocks
+    return _mallopt(arena_max=1, mmap_max=0, trim_threshold=2**31 - 1)
+
+
+def release_host_memory() -> bool:
+    """As glibc behaves by itself once a process has used large blocks; the opposite of `keep_host_memory`."""
+    done = _mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    return done and bool(ctypes.CDLL(None).malloc_trim(0) in (0, 1))
+
+
+def _mallopt(**settings: int) -> bool:
+    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4, "arena_max": -8}  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        # one arena, since those of other threads (autograd's is one) are too small for large blocks
-        return all([mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)])
+        return all([mallopt(numbers[name], value) for name, value in settings.items()])
     return False
 
 
