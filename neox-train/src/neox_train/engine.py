@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from libneox.parallel.mesh import Mesh
-from libneox.parallel.tensor import Pieces, Shard
+from libneox.parallel.shard import Pieces, Shard
 from neox_train.mpu import Mpu
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr
@@ -57,7 +57,8 @@ class DeepSpeedEngine:
         self.objective, self.device = objective.to(device), device
         self._stage: int = settings["zero_optimization"]["stage"]
         self._states, self._has_state = tuple(states), False
-        parameters = dict(objective.model.named_parameters())
+        objectives = [part for part in (module or objective).modules() if isinstance(part, LanguageModeling)]
+        parameters = {name: p for part in objectives for name, p in part.model.named_parameters()}
         self._shapes = objective.model.config.parameter_shapes()
         self._pieces, self._mesh = Pieces(objective.model.config, Shard.of(mesh)), mesh
         if self._stage == 3:  # the loss multiplies with the head outside the head's own forward
@@ -121,6 +122,15 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self._pieces.whole(name, safe_get_full_fp32_param(self._parameters[name]))
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of a parameter in float32, averaged over ranks."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(self._parameters[name]).float()
+        if self._dtype == torch.float16:
+            gradient = gradient / self._engine.optimizer.loss_scale
+        return self._pieces.whole(name, gradient)
 
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor of the optimiser."""
@@ -240,7 +250,8 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet and without anything to compile."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said outright, there is nothing to detect and to warn about
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it insists; not every launcher sets it
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it insists, and takes it for the number of the device
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # which Open MPI's need not be
     import deepspeed
     import deepspeed.ops
 

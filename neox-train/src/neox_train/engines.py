@@ -15,7 +15,8 @@ from libneox.errors import UsageError
 from libneox.model.init import initial_value
 from libneox.model_config import ModelConfig
 from libneox.parallel.mesh import Mesh
-from libneox.parallel.tensor import Shard, sharded_model, sharded_part
+from libneox.parallel.shard import Shard
+from libneox.parallel.tensor import sharded_model, sharded_part
 from neox_train import speed
 from neox_train.objective import build_objective
 from neox_train.optimizers import build_optimizer, kind_of, state_names
@@ -39,7 +40,7 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
         from neox_train.pipeline import PipelineEngine
 
         return PipelineEngine(
-            partition(model_config, mesh.pipe_size, config.parallel.pipe_partition_method),
+            pipeline_parts(config, model_config, plan.grad_accum),
             lambda pieces: build_objective(config, sharded_part(model_config, pieces, shard, device), shard),
             optimizer,
             settings=config.deepspeed_dict(plan),
@@ -69,6 +70,21 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
     return DeepSpeedEngine(
         objective, optimizer, settings=settings, states=state_names(config), device=device, mesh=mesh
     )
+
+
+def pipeline_parts(config: NeoxConfig, model_config: ModelConfig, micro_batches: int) -> list[range]:
+    """What each part of a pipeline holds: one part a stage, with DualPipeV two.
+
+    Raises:
+        UsageError: a step is too short for the schedule, or the layers do not fill the parts.
+    """
+    needed = 2 * config.pipeline_stages
+    if config.folds_pipeline and micro_batches < needed:
+        raise UsageError(
+            f"pipe_schedule: dualpipev over {config.pipeline_stages} stages needs {needed} micro-batches a step, there "
+            f"are {micro_batches}; lower train_micro_batch_size_per_gpu, or set pipe_schedule: 1f1b"
+        )
+    return partition(model_config, config.pipeline_parts, config.parallel.pipe_partition_method)
 
 
 def runs_plain(config: NeoxConfig, world_size: int) -> bool:

@@ -45,20 +45,25 @@ class PipelineEngine(DeepSpeedEngine):
         device: torch.device,
         mesh: Mesh,
     ):
-        """Build this rank's part and hand it over. Its values do not matter yet: `restore_master` gives them.
+        """Build this rank's parts and hand them over. Their values do not matter yet: `restore_master` gives them.
 
         Args:
-            parts: pieces of the model that each stage holds (`libneox.config.partition`).
+            parts: pieces of the model that each stage holds (`libneox.config.partition`). Twice as many as there are
+                stages mean DualPipeV: stage s holds the parts s from the front and s from the back.
             build: makes the objective over some pieces.
             settings, states: as of DeepSpeedEngine; ZeRO stage 1.
         """
         import_deepspeed(device).init_distributed(dist_init_required=False)  # it takes the process group there is
+        self._folded = len(parts) > mesh.pipe_size
         module = _pipeline_module(parts, build, mesh)
-        (self._layer,) = (layer for layer in module.modules() if isinstance(layer, PartLayer))
-        objective = self._layer.objective
-        names = objective.model.config.parameter_shapes()
-        self._holders = {name: holders(objective.model.config, parts, name) for name in names}
-        shared = self._share(dict(objective.model.named_parameters()), mesh)
+        self._layers = [layer for layer in module.modules() if isinstance(layer, PartLayer)]
+        parameters = _joined([layer.objective.model for layer in self._layers])
+        objective = self._layers[0].objective
+        self._holders = {
+            name: sorted({min(part, len(parts) - 1 - part) if self._folded else part for part in found})
+            for name, found in holders(objective.model.config, parts).items()
+        }
+        shared = self._share(parameters, mesh)
         module.get_tied_weights_and_groups = lambda: shared  # what DeepSpeed asks for when it sums their gradients
         self._shape: torch.Size | None = None
         super().__init__(
@@ -85,6 +90,8 @@ class PipelineEngine(DeepSpeedEngine):
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Mean loss of micro-batches without gradients, on every stage."""
         batches = list(batches)
+        if self._folded:  # the schedule is for that many; the mean stays
+            batches *= -(-2 * self._mesh.pipe_size // len(batches))
         with torch.no_grad():
             return self._run(self._engine._inference_schedule(len(batches)), batches)
 
@@ -94,13 +101,16 @@ class PipelineEngine(DeepSpeedEngine):
         if first.ids.shape != self._shape:  # else what is sent would be read as of the shape before
             engine.reset_activation_shape()
             self._shape = first.ids.shape
-        self._layer.feed = itertools.chain([first], feed)
+        for layer, copy in zip(
+            self._layers, itertools.tee(itertools.chain([first], feed), len(self._layers)), strict=True
+        ):
+            layer.feed = copy
         nothing = torch.empty(0, device=self.device)
         engine.set_dataiterator(itertools.repeat((nothing, nothing)))  # the layers have a feed of their own
         engine.total_loss, engine._compute_loss = None, True
         engine._exec_schedule(schedule)
-        assert next(self._layer.feed, None) is None, "the schedule left micro-batches over"
-        last = self._mesh.pipe_size - 1
+        assert all(next(layer.feed, None) is None for layer in self._layers), "the schedule left micro-batches over"
+        last = 0 if self._folded else self._mesh.pipe_size - 1
         mean = torch.stack(engine.fwd_outputs).mean() if self._mesh.pipe_rank == last else None
         return self._sent(last, lambda: mean, (), torch.float32)
 
@@ -166,14 +176,26 @@ class PartLayer(nn.Module):
         return self.objective.loss(out_BTD, batch) if model.is_last else out_BTD
 
 
+def _joined(models: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of a rank's parts by name; what two parts have becomes one."""
+    parameters: dict[str, nn.Parameter] = {}
+    for model in models:
+        for name, parameter in list(model.named_parameters()):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, parameters.setdefault(name, parameter))
+    return parameters
+
+
 def _pipeline_module(parts: Sequence[range], build: BuildPart, mesh: Mesh) -> Any:
-    """DeepSpeed's module, of one layer a stage; only this rank's is built."""
+    """DeepSpeed's module, of one layer for each part; only this rank's are built."""
     from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+    kind = PipelineModule if len(parts) == mesh.pipe_size else DualPipeVModule
     topology = PipeModelDataParallelTopology(mesh.pipe_size, mesh.tensor_size, mesh.data_size)
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its layers
-        return PipelineModule(
+        return kind(
             [LayerSpec(PartLayer, build, pieces) for pieces in parts], topology=topology, partition_method="uniform"
         )
 

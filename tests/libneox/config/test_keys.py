@@ -21,7 +21,7 @@ from libneox.errors import UsageError
 NEW = {
     "ffn_hidden_size", "head_dim", "vocab_size", "padded_vocab_size", "use_bias_in_qkv", "use_bias_in_attn_out",
     "rope_scaling", "qk_norm", "qk_norm_groups", "mup_base_hidden_size", "tokenizer", "order", "document_mask",
-    "reset_position_ids", "wsd_decay_fraction", "wsd_decay_style", "engine",
+    "reset_position_ids", "wsd_decay_fraction", "wsd_decay_style", "engine", "pipe_schedule",
     "async_save", "on_save_error", "replica_check_interval", "loss_weighting", "compile", "cpu_products",
     "keep_host_memory", "attention_kernel", "freeze_gc", "prefetch",
 }  # fmt: skip
@@ -132,8 +132,6 @@ def test_what_is_not_there_yet_is_refused_when_a_run_starts(row: Any) -> None:
         "dataset_impl": "pairwise" if "pos_train_data_paths" in row.keys else "online",
     }
     value = values.get(blame) if blame in values else other_value(all_keys()[blame])
-    if blame == "pipe_parallel_size":
-        value = 2
     config = load_config([RUN | NEEDS.get(blame, {}) | {blame: value}])
     with pytest.raises(UsageError, match=re.escape(f"{blame}: {row.reason}")):
         check_supported(config)

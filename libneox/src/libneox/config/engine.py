@@ -36,8 +36,9 @@ def deepspeed_dict(config: NeoxConfig, plan: BatchPlan) -> dict[str, Any]:
         result["fp16"] = options | {"enabled": True}
     if config.compute_precision == "bfloat16":
         result["bf16"] = (config.precision.bf16 or {}) | {"enabled": True}
-    if config.pipeline_stages > 1 and config.parallel.sequence_parallel:
-        # between stages it would send each tensor-parallel rank's part of a tensor that all have; here each has its own
+    if config.pipeline_stages > 1 and (config.parallel.sequence_parallel or config.folds_pipeline):
+        # between stages it would send each tensor-parallel rank's part of a tensor that all have; with sequence
+        # parallelism each has its own, and DualPipeV cannot
         result["pipeline"] = (result.get("pipeline") or {}) | {"pipe_partitioned": False, "grad_partitioned": False}
     if config.parallel.fp32_allreduce:
         result["communication_data_type"] = "fp32"

@@ -31,10 +31,10 @@ FORMULAS = {
     "weights": "parameters of the stage / TP (norms and output biases whole), 2 bytes each (fp32: 4); ZeRO-3: / DP",
     "gradients": "as many, 2 bytes each (fp32 or grad_accum_dtype fp32: 4); ZeRO-2 and 3: / DP",
     "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (whole for sm3, muon, adafactor)",
-    "activations": "micro-batch * sequence * batches in flight (PP - stage; dualpipev PP + 1/2) * layers of the stage * "
-    "numbers kept, which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + (3q + 3kv, without "
-    "rotary 2q + 2kv, + 2f, gated 4f) / TP; with checkpoint_activations h a layer and one layer in full; last stage: "
-    "2h, and 1024 * V / TP for the loss",
+    "activations": "micro-batch * sequence * batches in flight (PP - stage; dualpipev PP + 1/2) * layers of the stage "
+    "* numbers kept, which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + "
+    "(3q + 3kv, without rotary 2q + 2kv, + 2f, gated 4f) / TP; with checkpoint_activations h a layer and one layer in "
+    "full; last stage: 2h, and 1024 * V / TP for the loss",
 }
 
 

@@ -52,7 +52,8 @@ def _weights(config: ModelConfig, method: str) -> list[int]:
     if method == "parameters":
         weights = [0] * (layers + 2)
         for name, shape in config.parameter_shapes().items():
-            weights[pieces_of(config, name)[0]] += math.prod(shape)
+            for piece in pieces_of(config, name):
+                weights[piece] += math.prod(shape)
         return weights
     kind, colon, pattern = method.partition(":")
     if kind != "type" or not colon:
@@ -81,7 +82,10 @@ def pieces_of(config: ModelConfig, name: str) -> list[int]:
     return [0] if name.startswith(("embed.", "pos_embed.")) else [last]
 
 
-def holders(config: ModelConfig, parts: Sequence[range], name: str) -> list[int]:
-    """The parts that hold the logical parameter `name`, in order."""
-    pieces = pieces_of(config, name)
-    return [number for number, part in enumerate(parts) if any(piece in part for piece in pieces)]
+def holders(config: ModelConfig, parts: Sequence[range]) -> dict[str, list[int]]:
+    """The parts that hold each logical parameter, in order."""
+    found = {}
+    for name in config.parameter_shapes():
+        pieces = pieces_of(config, name)
+        found[name] = [number for number, part in enumerate(parts) if any(piece in part for piece in pieces)]
+    return found

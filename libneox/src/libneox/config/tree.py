@@ -141,6 +141,16 @@ class NeoxConfig:
         return max(1, self.parallel.pipe_parallel_size)
 
     @property
+    def pipeline_parts(self) -> int:
+        """Parts the model is cut into."""
+        return self.pipeline_stages * (2 if self.folds_pipeline else 1)
+
+    @property
+    def folds_pipeline(self) -> bool:
+        """Whether each stage holds two parts of the model, one from the front and one from the back (DualPipeV)."""
+        return self.pipeline_stages > 1 and self.parallel.pipe_schedule == "dualpipev"
+
+    @property
     def zero_stage(self) -> int:
         """ZeRO stage as configured, 0 to 3."""
         return int((self.parallel.zero_optimization or {}).get("stage", 0))
