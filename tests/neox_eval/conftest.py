@@ -85,6 +85,7 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ])  # fmt: skip
     write(folder / "greedy.jsonl", [{"prompt": words(n) + " " * (n % 3), "continuation": words(2)} for n in lengths])
     write(folder / "texts.jsonl", [{"text": words(n)} for n in [*lengths, 30, 60]] + [{"text": "t " * 16}])
+    write(folder / "shots.jsonl", [{"question": words(n), "answer": n % 2} for n in range(6)])
     write(folder / "write.jsonl", [{"prompt": words(n), "target": "abc"} for n in (1, 2, 5, 9, 30)])
     settings = {
         "choice": {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
@@ -92,6 +93,9 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
         "greedy": {"output_type": "loglikelihood", "doc_to_text": "{{prompt}}", "doc_to_target": "{{continuation}}",
                    "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}]},
+        "shots": {"output_type": "multiple_choice", "doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": ["A", "B"],
+                  "doc_to_target": "answer", "num_fewshot": 2, "fewshot_split": "test",
+                  "metric_list": [{"metric": "acc"}]},
         "texts": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
                   "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}]},
         "write": {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}",

@@ -97,7 +97,7 @@ def test_another_tokenizer_is_refused(files: Path, hf_models: dict[str, Path], r
 
 
 def test_a_checkpoint_of_gpt_neox_in_place(golden: Path, tmp_path: Path, run_command: Any) -> None:
-    """The slim release of the 20B, with the tokenizer its configuration names, in float32 although stored in float16."""
+    """The slim release of the 20B, with the tokenizer its configuration names, in float32 though stored in fp16."""
     import torch
 
     import libneox

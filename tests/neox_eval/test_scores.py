@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 MODELS = ("pythia", "llama")
-KINDS = ("choice", "greedy", "texts", "write")
+KINDS = ("choice", "greedy", "shots", "texts", "write")
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,13 @@ def check(answer: Any, expected: Any) -> None:
 
 
 def test_the_questions_are_hard_enough(both: Any) -> None:
-    """Long contexts are cut, some continuation is greedy, and what is written is not empty and not all cut at once."""
+    """Contexts are empty, or cut; some choice ends in a space; what is written is not empty and not all cut at once."""
     for results, _ in both.values():
         samples = results["samples"]
         contexts = [len(str(s["arguments"][0][0]).encode()) for s in samples["choice"]]
         assert min(contexts) == 0
         assert max(contexts) > 2 * 64
+        assert any(str(s["arguments"][0][1]).endswith(" ") for s in samples["choice"])
+        assert all(str(s["arguments"][0][0]).count("Q: ") == 3 for s in samples["shots"])
         written = [s["resps"][0][0] for s in samples["write"]]
         assert len({len(text) for text in written}) > 1, written

@@ -38,7 +38,7 @@ def test_jsonl_passes_other_keys_on(gen: Any, records: Any) -> None:
 def test_greedy_does_not_depend_on_batch_guesses_or_order(gen: Any, records: Any) -> None:
     prompts = [b"hello", b"a much longer prompt than that", b"x", b"ab ab ab"]
     texts = {}
-    for options in ([], ["-b", "1"], ["-b", "1", "--guess", "3"]):
+    for options in ([], ["-t", "0", "--seed", "9"], ["-b", "1"], ["-b", "1", "--guess", "3"]):
         made = records(gen("-m", "30", *options, input=b"\n".join(prompts)))
         texts[str(options)] = [record["text"] for record in made]
     backwards = records(gen("-m", "30", input=b"\n".join(prompts[::-1])))
@@ -205,6 +205,20 @@ def test_talk_on_a_terminal(run_folder: Path) -> None:
     assert process.returncode == 0, errors
     assert answer.strip()
     assert b"Ctrl-D ends" in errors
+
+
+@pytest.mark.parametrize("options", [[], ["--jsonl"]])
+def test_a_terminal_gets_text_unless_told_otherwise(run_folder: Path, options: list[str]) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "neox_gen", str(run_folder), "-q", "-m", "3", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=terminal) as process:
+        os.close(terminal)
+        process.communicate(b"hello\n", timeout=60)
+    shown = os.read(controller, 1 << 16)
+    os.close(controller)
+    assert process.returncode == 0
+    assert shown.startswith(b'{"context": "hello"') == bool(options)
+    assert shown.endswith(b"\n")
 
 
 def test_terminal_without_prompts_is_a_usage_error(run_folder: Path) -> None:

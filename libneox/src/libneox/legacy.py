@@ -59,7 +59,7 @@ def _is_step(path: Path) -> bool:
 
 
 def _names(path: Path) -> list[str]:
-    return sorted(os.listdir(path)) if path.is_dir() else []
+    return sorted(file.name for file in path.iterdir()) if path.is_dir() else []
 
 
 def stored_configs(step: Path) -> list[Path]:

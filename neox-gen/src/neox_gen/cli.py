@@ -58,7 +58,10 @@ def complete(
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Talk: prompts are lines, with history.")
     ] = False,
-    text: Annotated[bool, typer.Option("--text", help="Print texts alone, as they come, and no JSONL.")] = False,
+    text: Annotated[
+        bool | None,
+        typer.Option("--text/--jsonl", help="Texts alone, as they come, or objects; default: texts on a terminal."),
+    ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option("--logprobs", min=0, help="Add tokens, log probabilities and those of the K best."),
@@ -94,6 +97,8 @@ def complete(
 
     if interactive and (number or str(file) != "-" or num_return > 1 or logprobs is not None or ids):
         raise UsageError("--interactive takes no FILE, -n, --num-return, --logprobs or --ids")
+    if text is None:
+        text = stdout.isatty() and num_return == 1 and logprobs is None and not ids
     if text and (logprobs is not None or ids):
         raise UsageError("--text prints nothing but text; drop it, or --logprobs and --ids")
     if number and str(file) != "-":

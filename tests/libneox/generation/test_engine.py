@@ -58,6 +58,18 @@ def test_greedy_equals_no_cache_alone_and_in_a_batch(
     assert [guessing.run([request])[0].tokens for request in requests] == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_captured_graphs_equal_plain_steps(kind: str, noise_model: Build, tokenizer: Tokenizer) -> None:
+    model = noise_model(**KINDS[kind])
+    texts = []
+    for device in ("cpu", "cuda"):
+        engine = Engine(model.to(device), tokenizer, max_tokens=24, prepack=False)
+        texts.append([c.tokens for c in engine.run([engine.request(prompt) for prompt in PROMPTS])])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("family", ["GPTNeoX", "Llama"])
 def test_greedy_equals_transformers(family: str, tmp_path: Any, tokenizer: Tokenizer) -> None:
     import transformers
