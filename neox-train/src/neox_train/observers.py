@@ -67,6 +67,16 @@ def build_observers(
         from neox_train.replicas import ReplicaCheck
 
         observers.append(ReplicaCheck(group, mesh, every))
+    keys = config.log
+    if keys.log_param_norm or keys.log_grad_norm or keys.log_grad_pct_zeros or keys.log_optimizer_states:
+        from neox_train.figures import TensorFigures
+
+        observers.append(TensorFigures(config))
+    if keys.log_gradient_noise_scale:
+        from neox_train.noise_scale import NoiseScale
+
+        batch, on_host = config.batch_plan(group.world_size).global_batch, keys.gradient_noise_scale_cpu_offload
+        observers.append(NoiseScale(group, batch, keys.gradient_noise_scale_n_batches, on_host=on_host))
     if config.log.profile or config.log.memory_profiling:
         from neox_train.profile import build_profilers
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from libneox.errors import UsageError
-from libneox.parallel.launch import Launch, discover, first_host
+from libneox.parallel.launch import Launch, discover, first_host, unled, without_launcher
 
 OMPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -106,6 +106,44 @@ def test_all_ranks_of_a_job_find_the_same_port() -> None:
 def test_what_cannot_be_is_an_error_at_once(env: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         discover(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected", "launcher"),
+    [
+        # mpirun of MPICH starts its helpers with srun: one Slurm task a node, several ranks in it
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, (3, 4, 1, 2), "PMI"),
+        (OMPI, (3, 4, 3, 4), "Open MPI"),
+        # srun --mpi=pmi2 leaves PMI's variables too, which say nothing of hosts
+        ({"PMI_RANK": "5", "PMI_SIZE": "8"}, (5, 8, 1, 4), "srun"),
+    ],
+)
+def test_launchers_inside_slurm(env: dict[str, str], expected: tuple[int, ...], launcher: str) -> None:
+    found = discover(SLURM | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"} | env)
+    assert (facts(found), found.launcher) == (expected, launcher)
+
+
+def test_flux_speaks_pmi_and_names_its_hosts() -> None:
+    env = {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_ID": "ƒ2Xy"}
+    env |= {"PMI_RANK": "1", "PMI_SIZE": "2"}
+    found = discover(env | {"FLUX_JOB_NNODES": "1"})
+    assert (found.launcher, found.master_addr, facts(found)) == ("flux", "127.0.0.1", (1, 2, 1, 2))
+    with pytest.raises(UsageError, match="no MASTER_ADDR"):  # on two hosts 127.0.0.1 would be two runs of nobody
+        discover(env | {"FLUX_JOB_NNODES": "2"})
+
+
+def test_a_process_beside_several_slurm_tasks_is_told() -> None:
+    in_sbatch = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"}
+    assert "8 tasks" in unled(in_sbatch)
+    assert not unled({"SLURM_NTASKS": "1"})
+    assert not unled({})
+
+
+@pytest.mark.parametrize("env", [OMPI, SLURM, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}])
+def test_a_child_can_be_no_rank(env: dict[str, str]) -> None:
+    left = without_launcher(env | {"PATH": "/bin"})
+    assert left == {"PATH": "/bin"}
+    assert discover(left).world_size == 1
 
 
 @pytest.mark.parametrize(

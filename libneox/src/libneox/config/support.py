@@ -115,15 +115,6 @@ NOT_YET: tuple[NotYet, ...] = (
         ("checkpoint_validation_with_forward_pass",),
         "the check with stored logits is not there yet; the hashes of a checkpoint are always verified",
     ),
-    NotYet(
-        ("log_param_norm", "log_grad_norm", "log_grad_pct_zeros", "log_optimizer_states"),
-        "norms of single tensors are not there yet; RUN/metrics.jsonl holds the global gradient norm",
-    ),
-    NotYet(
-        ("log_gradient_noise_scale", "gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload"),
-        "the gradient noise scale is not there yet; set log_gradient_noise_scale: false",
-        lambda config: config.log.log_gradient_noise_scale,
-    ),
 )  # fmt: skip
 
 
@@ -191,6 +182,13 @@ def _check_pipeline(config: NeoxConfig, problems: Problems) -> None:
             f"{config.optimizer_type} needs whole matrices, which ZeRO under a pipeline flattens; "
             "set pipe_parallel_size: 1, or take adam, sgd or lion",
         )
+    for key in ("log_grad_norm", "log_grad_pct_zeros", "log_gradient_noise_scale"):
+        if config.get(key):
+            bad(
+                key,
+                "a pipeline reduces gradients together with the update, so there are none to look at; remove it, or "
+                "set pipe_parallel_size: 1",
+            )
 
 
 def _refusals(config: NeoxConfig) -> Iterator[tuple[str, NotYet]]:

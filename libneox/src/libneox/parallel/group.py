@@ -22,6 +22,7 @@ from libneox.errors import PeerLost, UsageError
 from libneox.parallel.launch import Launch
 
 RENDEZVOUS_S = 60.0
+POLL_S = 0.2
 LEAVE_S = 3.0  # how long rank 0 waits for the others to leave
 
 
@@ -53,7 +54,8 @@ class Group:
                     timeout=timedelta(seconds=rendezvous_s),
                     multi_tenant=True,
                 )
-                self._store = dist.PrefixStore("neox", self._store)
+                # a rank that meets another job at this address must not be taken for one of it
+                self._store = dist.PrefixStore(f"neox/{launch.job}", self._store)
                 self._meet(rendezvous_s)
             except dist.DistNetworkError as error:
                 if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -137,6 +139,31 @@ class Group:
         if "code" in report:
             raise SystemExit(report["code"])
         return report["value"]
+
+    def stand_by(self, busy: Callable[[], bool], asked: Callable[[], bool]) -> bool:
+        """Wait while rank 0 is `busy`, for as long as that takes; every rank must call it.
+
+        Args:
+            busy: called on rank 0 alone.
+            asked: called on every rank, again and again: whether somebody wants it to wait no longer.
+        Returns:
+            Whether one of them did.
+        """
+        self._count += 1
+        key = f"wait/{self._count}"
+        while True:
+            stop = asked()
+            if self.world_size > 1 and stop:
+                self._store.set(f"{key}/asked", "")
+            if self.is_first:
+                stop = stop or (self.world_size > 1 and self._store.check([f"{key}/asked"]))
+                if stop or not busy():
+                    if self.world_size > 1:
+                        self._store.set(f"{key}/over", str(int(stop)))
+                    return stop
+            elif self._store.check([f"{key}/over"]):
+                return self._store.get(f"{key}/over") == b"1"
+            time.sleep(POLL_S)
 
     def _take(self, key: str, rank: int) -> str:
         try:

@@ -6,13 +6,15 @@ Looked at in this order, first match wins:
     RANK, WORLD_SIZE              torchrun, `deepspeed`, or set by hand
     OMPI_COMM_WORLD_*             mpirun of Open MPI
     MV2_COMM_WORLD_*              MVAPICH
-    PMI_RANK, PMI_SIZE            MPICH, Intel MPI
+    MPI_LOCALRANKID, PMI_RANK     MPICH, Intel MPI
     JSM_NAMESPACE_*               jsrun
     FLUX_TASK_RANK, FLUX_JOB_SIZE flux
     SLURM_STEP_ID, SLURM_PROCID   srun (a plain python inside an sbatch script has no step id: a single process)
+    PMI_RANK, PMI_SIZE            whatever else speaks PMI
 
 and nothing of these is a single process. A launcher that says "several" without a way for them to meet is an error
-here, at once; it never becomes several single runs.
+here, at once; it never becomes several single runs. mpirun inside a Slurm job starts its helpers with srun, and srun
+and flux speak PMI too: hence the order.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from libneox.errors import UsageError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Launch:
-    """One process of a run. `master_port` 0 means: any free port (single process only)."""
+    """One process of a run. `master_port` 0 means: any free port (single process only); `job` names it, if anything."""
 
     rank: int
     world_size: int
@@ -37,11 +39,15 @@ class Launch:
     master_addr: str
     master_port: int
     launcher: str
+    job: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Family:
-    """Variables of one launcher: rank, world size, local rank, local world size, and what names the job."""
+    """Variables of one launcher: rank, world size, local rank, local world size, what names the job, and hosts.
+
+    `mark` is the variable that gives the launcher away; default: rank or world size.
+    """
 
     launcher: str
     rank: str
@@ -49,10 +55,20 @@ class _Family:
     local: tuple[str, ...]
     local_world: tuple[str, ...]
     job: tuple[str, ...] = ()
+    hosts: str = ""
+    mark: str = ""
 
 
+_PMI = _Family("PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS",))
 _FAMILIES = (
-    _Family("environment", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    _Family(
+        "environment",
+        "RANK",
+        "WORLD_SIZE",
+        ("LOCAL_RANK",),
+        ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        ("TORCHELASTIC_RUN_ID",),
+    ),
     _Family(
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
@@ -68,9 +84,7 @@ _FAMILIES = (
         ("MV2_COMM_WORLD_LOCAL_RANK",),
         ("MV2_COMM_WORLD_LOCAL_SIZE",),
     ),
-    _Family(
-        "PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
-    ),
+    dataclasses.replace(_PMI, mark="MPI_LOCALRANKID"),
     _Family(
         "jsrun",
         "JSM_NAMESPACE_RANK",
@@ -79,8 +93,15 @@ _FAMILIES = (
         ("JSM_NAMESPACE_LOCAL_SIZE",),
         ("LSB_JOBID",),
     ),
-    _Family("flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",), (), ("FLUX_JOB_ID",)),
+    _Family(
+        "flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",), (), ("FLUX_JOB_ID",), "FLUX_JOB_NNODES"
+    ),
 )
+# Beginnings of variables by which a child would take itself for a rank of its parent's run.
+_LEFT_BY_LAUNCHERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMIX_", "PMI_",
+    "MPI_LOCAL", "MV2_", "JSM_", "FLUX_", "SLURM_",
+)  # fmt: skip
 
 
 def discover(env: Mapping[str, str]) -> Launch:
@@ -90,23 +111,37 @@ def discover(env: Mapping[str, str]) -> Launch:
         UsageError: variables are missing, contradict each other, or leave no address to meet at.
     """
     for family in _FAMILIES:
-        if family.rank in env or family.world in env:
+        if family.mark in env if family.mark else family.rank in env or family.world in env:
             return _from_family(family, env)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _from_slurm(env)
+    if _PMI.rank in env or _PMI.world in env:
+        return _from_family(_PMI, env)
     return Launch(0, 1, 0, 1, "127.0.0.1", 0, "none")
+
+
+def unled(env: Mapping[str, str]) -> str:
+    """What to say of a process that belongs to no launcher although a job wants several; empty if all is well."""
+    tasks = env.get("SLURM_NTASKS", "1")
+    if not tasks.isdecimal() or int(tasks) < 2:
+        return ""
+    return f"this Slurm job has {tasks} tasks, but srun did not start this process: it is alone; put srun before it"
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child that is no rank of this run."""
+    return {name: value for name, value in env.items() if not name.startswith(_LEFT_BY_LAUNCHERS)}
 
 
 def _from_family(family: _Family, env: Mapping[str, str]) -> Launch:
     rank, world = _number(env, family.rank), _number(env, family.world)
     local = _first(env, family.local)
     local_world = _first(env, family.local_world)
-    if local is None:
-        # FLUX and bare RANK/WORLD_SIZE may not say; a single host is the only safe reading
-        local, local_world = rank, world
-    return _checked(
-        rank, world, local, world if local_world is None else local_world, env, family.launcher, _job(family.job, env)
-    )
+    one_host = local_world == world or (bool(family.hosts) and env.get(family.hosts) == "1")
+    if local_world is None or local is None:
+        local, local_world = rank if local is None else local, world  # the most there can be
+    job = _job(family.job, env)
+    return _checked(rank, world, local, local_world, env, family.launcher, job, one_host=one_host)
 
 
 def _from_slurm(env: Mapping[str, str]) -> Launch:
@@ -119,7 +154,8 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
     if "MASTER_ADDR" not in env and hosts and nodes > 1:
         filled["MASTER_ADDR"] = first_host(hosts)
     job = f"{env.get('SLURM_JOB_ID', '')}.{env['SLURM_STEP_ID']}"
-    return _checked(rank, world, _number(env, "SLURM_LOCALID"), local_world, filled, "srun", job)
+    local = _number(env, "SLURM_LOCALID")
+    return _checked(rank, world, local, local_world, filled, "srun", job, one_host=nodes == 1)
 
 
 def _tasks_here(env: Mapping[str, str], world: int, nodes: int) -> int:
@@ -142,14 +178,22 @@ def first_host(nodelist: str) -> str:
 
 
 def _checked(
-    rank: int, world: int, local: int, local_world: int, env: Mapping[str, str], launcher: str, job: str
+    rank: int,
+    world: int,
+    local: int,
+    local_world: int,
+    env: Mapping[str, str],
+    launcher: str,
+    job: str,
+    *,
+    one_host: bool,
 ) -> Launch:
     if world < 1 or not 0 <= rank < world or not 0 <= local < local_world:
         raise UsageError(
             f"{launcher}: rank {rank} of {world}, local rank {local} of {local_world} cannot be; check the launcher"
         )
     address = env.get("MASTER_ADDR", "")
-    if not address and (world == 1 or (local_world == world and launcher != "environment")):
+    if not address and (world == 1 or (one_host and launcher != "environment")):
         address = "127.0.0.1"  # all on this host
     if not address:
         raise UsageError(
@@ -158,7 +202,7 @@ def _checked(
     port = _port(env, world, job, launcher)
     if world > 1:
         _check_resolves(address)
-    return Launch(rank, world, local, local_world, address, port, launcher)
+    return Launch(rank, world, local, local_world, address, port, launcher, job)
 
 
 def _port(env: Mapping[str, str], world: int, job: str, launcher: str) -> int:

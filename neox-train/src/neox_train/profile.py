@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces of some steps: what ran when, and who allocated what. One file a rank, JSON inside."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libneox.config import NeoxConfig
+from libneox.errors import UsageError
+from neox_train.observers import Observer
+
+_EVENTS = 100_000  # allocations that a memory history holds
+
+Warn = Callable[[str], None]
+
+
+class Window(Observer):
+    """Something that is on from the beginning of step `first` to the end of the one before `stop`."""
+
+    def __init__(self, first: int, stop: int, path: Path, warn: Warn):
+        """`path` is what is written when it ends."""
+        self._first, self._stop, self.path, self._warn = first, stop, path, warn
+        self._on = False
+
+    def begin_step(self, step: int) -> None:
+        """Switch on."""
+        if not self._on and self._first <= step < self._stop:
+            self._on = True
+            self.begin()
+
+    def end_step(self, record: dict[str, Any]) -> None:
+        """Switch off."""
+        if self._on and record["step"] + 1 >= self._stop:
+            self._end()
+
+    def close(self) -> None:
+        """Write what there is if the run ends within."""
+        if self._on:
+            self._end()
+
+    def _end(self) -> None:
+        self._on = False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.end()
+        except (OSError, RuntimeError) as error:  # a trace is not worth a run
+            self._warn(f"{self.path}: {error}; the trace is lost, training goes on")
+
+    def begin(self) -> None:
+        """Begin to record."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Stop recording and write `path`."""
+        raise NotImplementedError
+
+
+class Profile(Window):
+    """torch.profiler: a trace for ui.perfetto.dev, chrome://tracing or TensorBoard."""
+
+    def begin(self) -> None:
+        """Begin to record; the accelerator too if there is one."""
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True)
+        self._profiler.start()
+
+    def end(self) -> None:
+        """Write the trace."""
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(str(self.path))
+
+    def begin_step(self, step: int) -> None:
+        """Mark the step in the trace."""
+        super().begin_step(step)
+        self._span = contextlib.ExitStack()
+        if self._on:
+            self._span.enter_context(torch.profiler.record_function(f"step {step}"))
+
+    def end_step(self, record: dict[str, Any]) -> None:
+        """End the mark."""
+        self._span.close()
+        super().end_step(record)
+
+
+class NsightRange(Window):
+    """Under `nsys profile -c cudaProfilerApi` the trace is nsys's: only say when, and name the operations."""
+
+    def begin(self) -> None:
+        """Begin the range."""
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        self._names = torch.autograd.profiler.emit_nvtx()
+        self._names.__enter__()
+
+    def end(self) -> None:
+        """End the range."""
+        torch.cuda.synchronize()
+        self._names.__exit__(None, None, None)
+        torch.cuda.profiler.stop()
+
+
+class MemoryHistory(Window):
+    """Every allocation of the CUDA allocator, with stacks, and what it held at the end."""
+
+    def begin(self) -> None:
+        """Begin to record."""
+        torch.cuda.memory._record_memory_history(max_entries=_EVENTS)
+
+    def end(self) -> None:
+        """Write torch's snapshot, as JSON: torch's own writer would pickle it."""
+        snapshot = torch.cuda.memory._snapshot()
+        torch.cuda.memory._record_memory_history(enabled=None)
+        with gzip.open(self.path, "wt") as file:
+            json.dump(snapshot, file, default=str)
+
+
+def build_profilers(
+    config: NeoxConfig, run: Path, rank: int, device: torch.device, first_step: int, warn: Warn
+) -> list[Observer]:
+    """The windows that `profile` and `memory_profiling` ask for.
+
+    Raises:
+        UsageError: the window is empty, or there is no such allocator.
+    """
+    log = config.log
+    if not (log.profile or log.memory_profiling):
+        return []
+    first, stop = log.profile_step_start, log.profile_step_stop
+    if stop <= max(first, 1):
+        raise UsageError(
+            f"profile_step_stop: {stop} is not after profile_step_start {max(first, 1)}; nothing to profile"
+        )
+    if log.memory_profiling and device.type != "cuda":
+        raise UsageError("memory_profiling: records the allocator of a GPU and there is none; use profile: true")
+    if first_step >= stop:
+        warn(f"profile_step_stop: steps {first} to {stop - 1} were done before this start; nothing is profiled")
+        return []
+    found: list[Observer] = []
+    if log.profile:
+        kind = NsightRange if "NSYS_PROFILING_SESSION_ID" in os.environ and device.type == "cuda" else Profile
+        path = run / "profile" / f"rank{rank}_steps_{first}-{stop - 1}.pt.trace.json.gz"
+        found.append(kind(first, stop, path, warn))
+    if log.memory_profiling:
+        folder = Path(log.memory_profiling_path) if log.memory_profiling_path else run / "memory"
+        found.append(MemoryHistory(first, stop, folder / f"rank{rank}_steps_{first}-{stop - 1}.json.gz", warn))
+    return found
