@@ -182,13 +182,6 @@ def _check_pipeline(config: NeoxConfig, problems: Problems) -> None:
             f"{config.optimizer_type} needs whole matrices, which ZeRO under a pipeline flattens; "
             "set pipe_parallel_size: 1, or take adam, sgd or lion",
         )
-    for key in ("log_grad_norm", "log_grad_pct_zeros", "log_gradient_noise_scale"):
-        if config.get(key):
-            bad(
-                key,
-                "a pipeline reduces gradients together with the update, so there are none to look at; remove it, or "
-                "set pipe_parallel_size: 1",
-            )
 
 
 def _refusals(config: NeoxConfig) -> Iterator[tuple[str, NotYet]]:

@@ -35,8 +35,8 @@ class Log:
     log_param_norm: bool = key(
         False, "L2 norm of each parameter in metrics.jsonl (param_norm), every log_interval steps."
     )
-    log_grad_norm: bool = key(False, "Norm of each gradient before clipping (tensor_grad_norm). Not of a pipeline.")
-    log_grad_pct_zeros: bool = key(False, "Per cent of zeros in each gradient (grad_pct_zeros). Not of a pipeline.")
+    log_grad_norm: bool = key(False, "Norm of each gradient before clipping (tensor_grad_norm).")
+    log_grad_pct_zeros: bool = key(False, "Per cent of zeros in each gradient (grad_pct_zeros).")
     log_optimizer_states: bool = key(False, "Norm of each state tensor of the optimiser (optimizer_state_norm).")
     log_gradient_noise_scale: bool = key(
         False, "Estimate the gradient noise scale (noise_scale, in samples). Not of a pipeline."
