@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class DeepSpeedEngine:
     def names(self) -> list[str]:
         """Logical parameters in the model's order."""
         return list(self._shapes)
+
+    def local(self) -> Mapping[str, Tensor]:
+        """What this rank holds of the parameters."""
+        return self._parameters
 
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype: its master rounded, which is what the engine computes with."""

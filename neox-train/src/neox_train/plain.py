@@ -8,7 +8,7 @@ float32; with tensor parallelism weights, gradients and states are those of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from libneox.errors import UsageError
 from libneox.parallel.mesh import Mesh
-from libneox.parallel.tensor import Pieces, Shard
+from libneox.parallel.shard import Pieces, Shard
 from neox_train import tiles
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr
@@ -128,6 +128,10 @@ class PlainEngine:
         """Logical parameters in the model's order."""
         return list(self._weights)
 
+    def local(self) -> Mapping[str, Tensor]:
+        """What this rank holds of the parameters."""
+        return self._weights
+
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
         return self._pieces.whole(name, self._weights[name].detach())
@@ -135,6 +139,16 @@ class PlainEngine:
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
         return self._pieces.whole(name, self._masters[name].detach())
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of a parameter in float32, averaged over ranks."""
+        weight = self._weights[name]
+        mine = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if self._mesh.data_size > 1:
+            mine = mine.to(torch.float32, copy=True)
+            dist.all_reduce(mine, group=self._mesh.groups.get("data"))
+            mine /= self._mesh.data_size
+        return self._pieces.whole(name, mine.float())
 
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor of the optimiser."""

@@ -21,8 +21,9 @@ from libneox.model.loss import linear_cross_entropy, token_losses
 from libneox.model.stages import logical_name, stages
 from libneox.model_config import ModelConfig
 from libneox.parallel.mesh import Mesh
+from libneox.parallel.shard import Shard
 from libneox.parallel.sharding import check_divides, split_of
-from libneox.parallel.tensor import Shard, shard_model, sharded_model
+from libneox.parallel.tensor import shard_model, sharded_model
 from libneox.parallel.vocabulary import SharedVocabulary
 
 RANKS = 2

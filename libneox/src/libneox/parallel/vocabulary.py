@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from libneox.model.loss import Vocabulary
-from libneox.parallel.tensor import Shard
+from libneox.parallel.shard import Shard
 
 
 class SharedVocabulary(Vocabulary):
