@@ -43,7 +43,7 @@ def check(weights: list[torch.Tensor], masters: list[torch.Tensor], mesh: dict[s
     def rank_main(rank: int) -> str:
         model = torch.nn.Module()
         model.register_parameter("w", torch.nn.Parameter(weights[rank]))
-        engine = SimpleNamespace(objective=SimpleNamespace(model=model), master=lambda name: masters[rank])
+        engine = SimpleNamespace(local=lambda: dict(model.named_parameters()), master=lambda name: masters[rank])
         observer = ReplicaCheck(gathering.of(rank), Mesh(rank, **mesh), every=2)
         observer.begin_step(step)
         try:

@@ -2,7 +2,7 @@
 """DeepSpeed's pipeline as the engine: each rank holds some consecutive layers and gives its results to the next.
 
 DeepSpeed's schedule says when a stage receives, computes and sends. A schedule is executed without its last
-instructions, the reduction and the update, which are `step`'s: between the two the loop looks at the loss. Every stage
+instructions; the reduction follows, and the update in `step`: between the two the loop looks at the loss. Every stage
 reads the step's micro-batches itself, so that only hidden states and their gradients travel; the last one hands its
 hidden states to the loss, which owns the head. A parameter that stages share (a tied embedding, the biases of
 `pos_emb: rpe`) has a copy on each: gradients are summed over them, and it counts once in the gradient's norm.
@@ -85,7 +85,10 @@ class PipelineEngine(DeepSpeedEngine):
 
     def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Add up the gradients of micro-batches, each divided by their number; their mean loss, on every stage."""
-        return self._run(_without_update(self._engine._train_schedule()), batches)
+        mean = self._run(_without_update(self._engine._train_schedule()), batches)
+        self._engine._exec_reduce_tied_grads()
+        self._engine._exec_reduce_grads()
+        return mean
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Mean loss of micro-batches without gradients, on every stage."""
@@ -115,19 +118,21 @@ class PipelineEngine(DeepSpeedEngine):
         return self._sent(last, lambda: mean, (), torch.float32)
 
     def _update(self) -> None:
-        self._engine._exec_reduce_tied_grads()
-        self._engine._exec_reduce_grads()
         self._engine._exec_optimizer_step()
 
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
-        return self._sent(
-            self._holders[name][0], lambda: super(PipelineEngine, self).weight(name), self._shapes[name], self._dtype
-        )
+        take = super().weight
+        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name], self._dtype)
 
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
         take = super().master
+        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name])
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of a parameter in float32, averaged over micro-batches and ranks."""
+        take = super().gradient
         return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name])
 
     def state(self, key: str, name: str) -> Tensor:

@@ -40,7 +40,7 @@ class ReplicaCheck(Observer):
         """
         if self._step % self._every:
             return {}
-        sums = {name: checksum(tensor) for name, tensor in engine.objective.model.named_parameters()}
+        sums = {name: checksum(tensor) for name, tensor in engine.local().items()}
         digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
         place = [self._mesh.pipe_rank, self._mesh.tensor_rank]  # who shares it holds the same tensors
         reports = self._group.gather([place, digest])
@@ -70,9 +70,10 @@ class ReplicaCheck(Observer):
 
 def _differs(engine: Engine, name: str) -> bool:
     """Whether this rank's weight is another than the float32 master, rounded; a collective."""
-    weight = dict(engine.objective.model.named_parameters())[name].detach()
-    master = engine.master(name).to(weight.device, weight.dtype)
-    return master.shape == weight.shape and not torch.equal(master, weight)
+    master, weight = engine.master(name), engine.local().get(name)
+    if weight is None or master.shape != weight.shape:
+        return False
+    return not torch.equal(master.to(weight.device, weight.dtype), weight)
 
 
 def checksum(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 class Engine(Protocol):
     """A model in training, however it is spread over ranks. All tensors it gives and takes are whole and logical.
 
-    `weight`, `master` and `state` are collectives: every rank calls them in the same order.
+    `weight`, `master`, `gradient` and `state` are collectives: every rank calls them in the same order.
     """
 
     objective: LanguageModeling
@@ -51,11 +51,20 @@ class Engine(Protocol):
     def names(self) -> list[str]:
         """Logical parameters in the model's order."""
 
+    def local(self) -> Mapping[str, Tensor]:
+        """What this rank holds of the parameters, in the compute dtype, by name: its shards, its stage's."""
+
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
 
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of a parameter in float32, averaged over micro-batches and ranks, before it is clipped.
+
+        Between `backward` and `step`; the result is not to be written to.
+        """
 
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor the optimiser has by now; all are float32."""

@@ -110,11 +110,6 @@ NOT_YET: tuple[NotYet, ...] = (
     NotYet(("autotuning", "autotuning_run"), "the autotuner is not there yet; remove it"),
     NotYet(("soft_prompt_tuning",), "soft prompts are not there yet; remove it", _section_on("soft_prompt_tuning")),
     NotYet(("use_bnb_optimizer",), "8-bit Adam is not there yet; set use_bnb_optimizer: false"),
-    NotYet(("char_level_ppl",), "perplexity per character is not there yet; set char_level_ppl: false"),
-    NotYet(
-        ("checkpoint_validation_with_forward_pass",),
-        "the check with stored logits is not there yet; the hashes of a checkpoint are always verified",
-    ),
 )  # fmt: skip
 
 
