@@ -56,7 +56,7 @@ class Shard:
         return (_SumScattered if self.sequence else _Summed).apply(part_BTD, self)
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum over ranks, whole on each; overwrites `part`."""
+        """The sum over ranks, whole on each."""
         return part if self.size == 1 else _Summed.apply(part, self)
 
     def scatter(self, x_BTD: Tensor) -> Tensor:
@@ -138,13 +138,11 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of the ranks' x, in the place of x; the gradient is everybody's."""
+    """The sum of the ranks' x; the gradient is everybody's."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, shard: Shard) -> Tensor:
-        if x_BTD.is_contiguous():
-            ctx.mark_dirty(x_BTD)
-        return _sum(x_BTD, shard)
+        return _sum(x_BTD.clone(), shard)  # selective checkpointing keeps x, which must stay what it is
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
