@@ -14,10 +14,10 @@ import torch
 
 from libneox.config import BatchPlan, load_config
 from libneox.errors import DataError, UsageError
-from libneox.model import Transformer, init_weights, products
+from libneox.model import Transformer, init_weights, loss, products
 from neox_train import speed
 from neox_train.ahead import Ahead
-from neox_train.objective import recompute_blocks
+from neox_train.recompute import recompute_blocks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE: dict[str, Any] = {
@@ -152,3 +152,21 @@ def test_batches_ahead_are_the_ones_asked_for() -> None:
         ahead.step(12, 8)
     assert list(ahead.step(0, 8)) == [0, 8]
     assert batches.asked[:2] == [(0, 16), (4, 16)]
+
+
+def test_chunks_of_the_loss_follow_the_key(config: Callable[..., Path], train: Callable[..., Any], losses: Any,
+                                           tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Chunks of a few positions, as a large vocabulary has them, beside all logits at once."""
+    counted: list[int] = []
+    chunks = loss._chunks
+    monkeypatch.setattr(loss, "_chunks", lambda *a: counted.append(len(list(chunks(*a)))) or chunks(*a))
+    monkeypatch.setattr(loss, "CHUNK_BYTES", {"cuda": 4 * 320 * 30})
+    found = []
+    for name, mb in (("default", None), ("whole", 0)):
+        counted.clear()
+        keys = {"zero_optimization": {"stage": 0}, "loss_chunk_mb": mb, "train_iters": 3}
+        train(config(f"{name}.yml", save=str(tmp_path / name), **keys))
+        found.append((min(counted), losses(tmp_path / name)))
+    (many, ours), (one, whole) = found
+    assert (many > 3, one) == (True, 1)
+    assert ours == pytest.approx(whole, rel=1e-5)

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from libneox.config import NeoxConfig
@@ -15,6 +12,7 @@ from libneox.model import Transformer
 from libneox.model.loss import ALL, Vocabulary, linear_cross_entropy
 from libneox.parallel.shard import WHOLE, Shard
 from libneox.parallel.vocabulary import SharedVocabulary
+from neox_train.recompute import policy_of, recompute_blocks
 
 
 class MicroBatch(NamedTuple):
@@ -85,27 +83,6 @@ def build_objective(config: NeoxConfig, model: Transformer, shard: Shard = WHOLE
     Args:
         shard: which part of the model `model` is.
     """
-    if config.recompute.checkpoint_activations:
-        recompute_blocks(model, config.recompute.checkpoint_num_layers)
+    recompute_blocks(model, config.recompute.checkpoint_num_layers, policy_of(config))
     vocabulary = ALL if shard.size == 1 else SharedVocabulary(shard, model.config.padded_vocab_size // shard.size)
     return LanguageModeling(model, z_loss=config.optim.z_loss, vocabulary=vocabulary)
-
-
-def recompute_blocks(model: Transformer, every: int) -> None:
-    """Keep only the input of each `every` blocks and run them again in the backward pass. Changes no number."""
-    layers = list(model.layers)
-    for first in range(0, len(layers), every):
-        run = [layer.forward for layer in layers[first : first + every]]
-
-        def chunk(x_BTD: Tensor, context: object, cache: object = None, run: list = run) -> Tensor:  # type: ignore[type-arg]
-            for forward in run:
-                x_BTD = forward(x_BTD, context, cache)
-            return x_BTD
-
-        def passed(x_BTD: Tensor, context: object, cache: object = None) -> Tensor:
-            return x_BTD
-
-        checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, chunk, use_reentrant=False)
-        layers[first].forward = checkpointed  # type: ignore[method-assign]
-        for layer in layers[first + 1 : first + every]:
-            layer.forward = passed  # type: ignore[method-assign]

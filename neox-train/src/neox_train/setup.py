@@ -16,13 +16,15 @@ from libneox.checkpoint.store import read_trainer
 from libneox.config import BatchPlan, NeoxConfig
 from libneox.curriculum import curriculum_of
 from libneox.data.splits import SampleSet
+from libneox.errors import UsageError
 from libneox.parallel.group import Group
 from libneox.parallel.mesh import Mesh
 from libneox.tokenizer import Tokenizer
-from neox_train import loop, speed
+from neox_train import loop, recompute, speed
 from neox_train.ahead import Ahead
 from neox_train.batches import Batches, batches_of
 from neox_train.engines import DTYPES, build_engine, restore, runs_plain
+from neox_train.forward_check import check_forward
 from neox_train.inputs import check_same_data, find_tokenizer, open_data, resolve_model
 from neox_train.observers import build_observers
 from neox_train.report import Report, measured_tflops
@@ -59,6 +61,8 @@ def prepare(
     state.epochs = splits.epochs
     check_same_data(state, splits, start)
     tokenizer = find_tokenizer(config, splits, start.source)
+    if config.train.char_level_ppl and tokenizer is None:
+        raise UsageError("char_level_ppl: needs a tokenizer, and there is none beside the data; name it: vocab_file")
     model_config = resolve_model(config, tokenizer, start.source)
     config = config.replace(
         vocab_size=model_config.vocab_size,
@@ -67,7 +71,15 @@ def prepare(
     )
     mesh = mesh_of(config, plan, group)
     kernel = speed.prefer_kernel(config, model_config, plan.micro_batch, DTYPES[config.compute_precision], device)
-    engine = build_engine(config, model_config, device, mesh)
+    policy = recompute.choose(
+        config,
+        model_config,
+        DTYPES[config.compute_precision],
+        device,
+        world=group.world_size,
+        compiled=speed.compiles(config, device),
+    )
+    engine = build_engine(config.replace(checkpoint_policy=policy), model_config, device, mesh)
     restore(config, engine, start, state)
     run = run_path(config)
     begin_metrics(run, group, state, own=start.own)
@@ -84,6 +96,14 @@ def prepare(
     )
     for note in splits.notes:
         report.note(note)
+    if config.train.checkpoint_validation_with_forward_pass and start.source is not None:
+        stored = (read_trainer(start.source.path) or {}).get("forward_check") if start.source.kind != "hf" else None
+        if stored is None:
+            report.warn(f"{start.source.path}: holds no forward pass to compare with")
+        else:
+            check_forward(engine, stored, DTYPES[config.compute_precision], start.source.path)
+    if policy != recompute.policy_of(config):
+        report.note(f"checkpoint_policy: {policy}, so that it fits the memory of the device")
     if kernel:
         report.note(f"attention_kernel: {kernel}")
     if speed.compiles(config, device):
@@ -130,6 +150,7 @@ def prepare(
         mark,
         build_observers(config, group, mesh, run=run, first_step=state.step + 1, device=device, warn=report.warn),
         curriculum_of(config),
+        tokenizer,
         tasks=tasks_of(config, run, group, device, stop, mark, report) if config.train.eval_tasks else None,
     )
 
@@ -177,6 +198,7 @@ def describe(config: NeoxConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Des
         world=world,
         dtype=DTYPES[config.compute_precision],
         with_optimizer=not config.train.no_save_optim,
+        forward_length=config.model.seq_length if config.train.checkpoint_validation_with_forward_pass else None,
     )
 
 

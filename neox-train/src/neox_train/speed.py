@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libneox.config import NeoxConfig
 from libneox.errors import UsageError
-from libneox.model import Transformer, products
+from libneox.model import Transformer, loss, products
 from libneox.model.transformer import Block
 from libneox.model_config import ModelConfig
 from neox_train.observers import Observer
@@ -37,6 +37,7 @@ KERNELS = {
 
 def set_up(config: NeoxConfig, device: torch.device) -> None:
     """Settings of the process, before the model is built."""
+    loss.limit_chunks(device.type, config.speed.loss_chunk_mb)
     if device.type != "cpu":
         return
     asked = config.speed.cpu_products
@@ -93,6 +94,8 @@ def _cannot_compile(config: NeoxConfig, device: torch.device) -> str:
         return "tensor and pipeline parallelism cannot be compiled through"
     if config.zero_stage == 3:
         return "ZeRO stage 3 gathers weights in the midst of a block"
+    if config.recompute.checkpoint_policy == "selective":
+        return "selective recomputation has to see each operator"
     if (config.get("curriculum_learning") or {}).get("enabled"):
         return "a curriculum changes the shapes"
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):

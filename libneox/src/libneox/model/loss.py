@@ -21,6 +21,7 @@ from libneox.model.products import product
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits in the weights' dtype
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of logits in float32
+_chunk_bytes: dict[str, int] = {}
 SUM_ROWS = 2048  # rows of the head's gradient added at a time
 IGNORE = -100
 
@@ -90,6 +91,13 @@ def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, vo
     return torch.where(labels_BT == IGNORE, 0.0, losses.view(labels_BT.shape))
 
 
+def limit_chunks(device_type: str, megabytes: int | None) -> None:
+    """Set for this process how much a chunk of logits takes; None: the default, 0: no limit."""
+    _chunk_bytes.pop(device_type, None)
+    if megabytes is not None:
+        _chunk_bytes[device_type] = megabytes << 20 if megabytes else 1 << 62
+
+
 def equal_parts(positions: int, most: int) -> Iterator[slice]:
     """Cut positions into parts of `most` or fewer, all of one size but for the last."""
     count = -(-positions // max(most, 1))
@@ -99,7 +107,7 @@ def equal_parts(positions: int, most: int) -> Iterator[slice]:
 
 
 def _chunks(hidden_MD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    most = _limit(CHUNK_BYTES, hidden_MD) // (weight_VD.dtype.itemsize * len(weight_VD))
+    most = _limit(CHUNK_BYTES | _chunk_bytes, hidden_MD) // (weight_VD.dtype.itemsize * len(weight_VD))
     return equal_parts(len(hidden_MD), most)
 
 

@@ -151,6 +151,12 @@ class Recompute:
     """Activation checkpointing: memory for time."""
 
     checkpoint_activations: bool = key(False, "Keep only the inputs of blocks and recompute the rest.")
+    checkpoint_policy: Literal["auto", "none", "selective", "full"] = key(
+        "auto",
+        "What is kept: everything, the results of products and attention (and the cheap rest is recomputed), or the "
+        "inputs of blocks. auto: full with checkpoint_activations; else none, but on a GPU (one rank to a model) the "
+        "first of the three that fits its memory. New.",
+    )
     checkpoint_num_layers: int = key(1, "Blocks recomputed together.", minimum=1)
     activation_checkpointing: Section = ignored(None, "DeepSpeed's section.", "use checkpoint_activations")
     partition_activations: bool = ignored(False, "Split kept inputs over tensor-parallel ranks.", _MEMORY)

@@ -20,6 +20,11 @@ class Speed:
     cpu_products: Literal["auto", "onednn", "torch"] = key(
         "auto", "Who multiplies float32 matrices on a CPU. auto: oneDNN where MKL is slow, on x86 not made by Intel."
     )
+    loss_chunk_mb: int | None = key(
+        None,
+        "Megabytes of logits that the loss works off at a time; 0: all at once. Default: 64, on a GPU 512.",
+        minimum=0,
+    )
     keep_host_memory: bool = key(
         True, "On a CPU the process keeps freed memory for itself: to ask for it again costs up to a third of a step."
     )
