@@ -18,8 +18,10 @@ from libneox.curriculum import Curriculum
 from libneox.errors import NonFiniteLoss, StoppedEarly, StorageError
 from libneox.parallel.group import Group
 from libneox.schedule import Schedule
+from libneox.tokenizer import Tokenizer
 from neox_train.ahead import Ahead
 from neox_train.batches import Batches
+from neox_train.characters import Characters
 from neox_train.objective import MicroBatch
 from neox_train.observers import Observer
 from neox_train.remote import Uploads
@@ -52,6 +54,7 @@ class Run:
     mark: Callable[[int], None]  # told the step under way, each time this rank got somewhere
     observers: Sequence[Observer] = ()
     curriculum: Curriculum | None = None
+    tokenizer: Tokenizer | None = None
     uploads: Uploads | None = None  # on rank 0, if copies are kept elsewhere
     tasks: Tasks | None = None
     told: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures for the next record
@@ -173,16 +176,20 @@ def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, 
     rounds = run.config.train.eval_iters
     if rounds == 0:
         return {}
+    characters = Characters(run.tokenizer) if run.config.train.char_level_ppl and run.tokenizer is not None else None
     run.engine.train(False)
-    losses = [
-        run.engine.evaluate(marked(run, batches.step(index * batches.plan.global_batch), run.state.step))
-        for index in range(number * rounds, (number + 1) * rounds)
-    ]
+    losses = []
+    for index in range(number * rounds, (number + 1) * rounds):
+        made = marked(run, batches.step(index * batches.plan.global_batch), run.state.step)
+        losses.append(run.engine.evaluate(made if characters is None else characters.counted(made)))
     run.engine.train(True)
     (total,) = run.group.sum([torch.stack(losses).mean().item()], run.engine.device)
     loss = total / run.group.world_size
     run.report.note(f"step {run.state.step}: {name} loss {loss:.4f}, perplexity {safe_exp(loss):.4g}")
-    return {f"{name}_loss": loss, f"{name}_ppl": safe_exp(loss)}
+    figures = {f"{name}_loss": loss, f"{name}_ppl": safe_exp(loss)}
+    if characters is not None:
+        figures[f"{name}_char_ppl"] = safe_exp(loss * characters.tokens_each(run.group, run.engine.device))
+    return figures
 
 
 def safe_exp(value: float) -> float:

@@ -20,6 +20,7 @@ from libneox.checkpoint.store import PlannedFile, TensorSpec
 from libneox.errors import DataError, StorageError, UsageError
 from libneox.parallel.group import Group
 from libneox.run_directory import FileRecord, Manifest
+from neox_train.forward_check import forward_figures
 from neox_train.state import TrainState
 from neox_train.steps import Engine
 
@@ -40,6 +41,7 @@ class Description:
     world: dict[str, int]
     dtype: torch.dtype
     with_optimizer: bool = True
+    forward_length: int | None = None  # tokens of the fixed input whose losses are stored, if they are
 
 
 @dataclasses.dataclass
@@ -101,6 +103,8 @@ class Saver:
         trainer: dict[str, Any] = {}
         if self._group.is_first:
             trainer = state.to_json({"type": self._about.optimizer} | self._engine.scalars())
+        if self._about.forward_length is not None and temporary is not None:
+            trainer["forward_check"] = forward_figures(self._engine, self._about.forward_length, self._about.dtype)
         written: Future[Written] = Future()
         self._open = _Unfinished(dataclasses.replace(state), target, temporary, trainer, written)
         if temporary is None:

@@ -25,7 +25,9 @@ class Train:
     eval_results_prefix: str = key(
         "", "Results of eval_tasks go to PREFIX_eval_results_step_N.json; default: to the run directory."
     )
-    char_level_ppl: bool = key(False, "Report perplexity per character too.")
+    char_level_ppl: bool = key(
+        False, "Validation reports perplexity per character too (valid_char_ppl); special tokens have none."
+    )
 
     save: str | None = key(None, "Run directory: checkpoints, metrics, log.")
     checkpoint_factor: int | float | None = key(
@@ -68,7 +70,9 @@ class Train:
         False, "Save without random states.", "random numbers follow from seed and step, so none are saved"
     )
     checkpoint_validation_with_forward_pass: bool = key(
-        False, "Store the logits of a fixed input in each checkpoint and compare them after loading."
+        False,
+        "Store the loss of a fixed input, in eight parts, in each checkpoint and compare after loading: 81 if they "
+        "differ.",
     )
     override_lr_scheduler: bool = key(False, "On resume the schedule of the config holds, without a word.")
     use_checkpoint_lr_scheduler: bool = key(False, "On resume the schedule of the checkpoint holds.")
