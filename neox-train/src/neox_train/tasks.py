@@ -71,7 +71,7 @@ class Tasks:
         return self._results(step, child.returncode)
 
     def _start(self, step: int) -> subprocess.Popen[bytes] | None:
-        command = [sys.executable, "-m", "neox_eval", str(run_directory.step_path(self._run, step))]
+        command = [sys.executable, "-P", "-m", "neox_eval", str(run_directory.step_path(self._run, step))]
         command += ["--tasks", ",".join(self._tasks), "--device", self._device, "--quiet"]
         try:
             self.path(step).parent.mkdir(parents=True, exist_ok=True)

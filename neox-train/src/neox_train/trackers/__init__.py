@@ -48,7 +48,8 @@ class Track(Observer):
 
     def end_run(self, step: int, closing: dict[str, Any]) -> None:
         """Log the figures of the closing evaluations."""
-        self._try(lambda: self._tracker.log(step, dict(figures(closing))))
+        if closing:
+            self._try(lambda: self._tracker.log(step, dict(figures(closing))))
 
     def close(self) -> None:
         """End the tracker's own run, with the exit code of this one."""
