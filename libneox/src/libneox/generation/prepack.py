@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
     def rows(self, x_RI: Tensor, activation: str = "identity") -> Tensor:
         """[R, in] -> [R, out] with one of `FUSED` behind it; R is at least `LEAST_ROWS`."""
         name, form = FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise(x_RI, self.packed, self.bias, name, [], form)
+        return torch.ops.mkldnn._linear_pointwise.default(x_RI, self.packed, self.bias, name, [], form)
 
     def rows_plus(self, x_RI: Tensor, other_RO: Tensor) -> Tensor:
         """The product and `other`, added before the sum is rounded."""
@@ -90,7 +90,8 @@ def _turn(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Turn:
 def _rotate_(x_BTNH: Tensor, turn: Turn) -> None:
     """`libneox.model.positions.rotate` in place."""
     straight, swapped = turn
-    pairs = x_BTNH[..., : 2 * straight.shape[-1]].unflatten(-1, (2, -1))
+    half = straight.shape[-1]
+    pairs = x_BTNH.narrow(-1, 0, 2 * half).view(*x_BTNH.shape[:-1], 2, half)
     other = pairs.flip(-2)
     pairs.mul_(straight).addcmul_(other, swapped)
 
@@ -118,23 +119,25 @@ def _attention(
     shape: tuple[int, int],
 ) -> Tensor:
     """x and its attention, added."""
-    qkv = attn.qkv.rows(normed_RD)[: shape[0] * shape[1]].view(*shape, -1, attn.head_dim)
-    dtype = qkv.dtype
-    if cache is not None and cache.dtype != dtype:
-        qkv = qkv.to(cache.dtype)
+    # narrow, not split or [:], which are Python functions: at this size calling is most of the cost
+    count = shape[0] * shape[1]
+    qkv_RX = attn.qkv.rows(normed_RD).narrow(0, 0, count)
+    if cache is not None:
+        qkv_RX = qkv_RX.to(cache.dtype)
+    qkv = qkv_RX.view(*shape, -1, attn.head_dim)
     heads = qkv.shape[2]
     kv_heads = heads // (attn.queries_per_kv + 2)
-    qk, v_BTKH = qkv.split([heads - kv_heads, kv_heads], dim=2)
+    qk, queries = qkv.narrow(2, 0, heads - kv_heads), heads - 2 * kv_heads
     if attn.qk_norm_kind != "none":
-        qk = attn.normalise(*qk.split([heads - 2 * kv_heads, kv_heads], dim=2))
+        qk = attn.normalise(qk.narrow(2, 0, queries), qk.narrow(2, queries, kv_heads))
     if turn is not None:
         _rotate_(qk, turn)
-    q_BTNH, k_BTKH = qk.split([heads - 2 * kv_heads, kv_heads], dim=2)
-    k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    q_BTNH, k_BTKH = qk.narrow(2, 0, queries), qk.narrow(2, queries, kv_heads)
+    k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), qkv.narrow(2, heads - kv_heads, kv_heads).transpose(1, 2)
     if cache is not None:
         k_BKSH, v_BKSH = cache.update(attn.index, k_BKSH, v_BKSH)
     mixed_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, context.pattern, scale=attn.scale)
-    mixed_RD = at_least(mixed_BTNH.reshape(shape[0] * shape[1], -1).to(dtype), x_RD.shape[0])
+    mixed_RD = at_least(mixed_BTNH.reshape(count, -1).to(x_RD.dtype), x_RD.shape[0])
     return attn.out.rows_plus(mixed_RD, x_RD)
 
 
