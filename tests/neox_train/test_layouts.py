@@ -142,3 +142,17 @@ def test_fp16_on_a_cpu_is_refused_with_the_remedy(train, config) -> None:
         pytest.skip("there is a GPU")
     done = train(config(precision="fp16"), code=2)
     assert "--set precision=fp32" in done.stderr
+
+
+def test_what_deepspeed_alone_does_is_done_by_it_or_told(train, config, tmp_path: Path) -> None:
+    from libneox.config import load_config
+    from neox_train.engines import runs_plain
+
+    offload = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    assert runs_plain(load_config([config(zero_optimization={"stage": 0, "reduce_scatter": True})]), 1)
+    assert not runs_plain(load_config([config(zero_optimization=offload)]), 1)
+    assert not runs_plain(load_config([config(zero_optimization={"stage": 0}, fp32_allreduce=True)]), 1)
+    path = config(zero_optimization=offload, data_types={"grad_accum_dtype": "fp32"}, engine="plain", train_iters=1)
+    done = train(path)
+    told = "data_types, zero_optimization.offload_optimizer: the plain engine runs this and does nothing about it"
+    assert told in done.stderr

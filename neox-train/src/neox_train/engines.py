@@ -9,7 +9,7 @@ import torch
 
 from libneox.checkpoint.store import open_tensors, read_trainer
 from libneox.config import NeoxConfig
-from libneox.config.engine import PASSED_ON
+from libneox.config.engine import wants_deepspeed
 from libneox.config.partition import partition
 from libneox.errors import UsageError
 from libneox.model.init import initial_value
@@ -108,8 +108,8 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
         )
     if shaped or asked != "auto":
         return shaped or asked == "plain"
-    own_sections = any(config.is_set(name) for name in (*PASSED_ON, "deepspeed_extra_args", "fp32_allreduce"))
-    return world_size == 1 and config.zero_stage == 0 and config.compute_precision != "fp16" and not own_sections
+    small = world_size == 1 and config.zero_stage == 0 and config.compute_precision != "fp16"
+    return small and not wants_deepspeed(config)
 
 
 def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState) -> None:

@@ -14,6 +14,7 @@ import torch
 from libneox import run_directory
 from libneox.checkpoint.store import read_trainer
 from libneox.config import BatchPlan, NeoxConfig
+from libneox.config.engine import only_deepspeed
 from libneox.curriculum import curriculum_of
 from libneox.data.splits import SampleSet
 from libneox.errors import UsageError
@@ -110,6 +111,9 @@ def prepare(
         report.note("compile: the first step takes the time of a compilation")
     if state.samples != state.step * plan.global_batch:
         report.note(f"going on at sample {state.samples} of the order, {plan.global_batch} samples a step from here")
+    unused = only_deepspeed(config) if runs_plain(config, group.world_size) else []
+    if unused:
+        report.note(f"{', '.join(unused)}: the plain engine runs this and does nothing about it")
     if config.zero_stage == 0 and not runs_plain(config, group.world_size):
         report.note("ZeRO stage 0 runs as stage 1: the same numbers")
 

@@ -16,6 +16,22 @@ PASSED_ON = (
 MEANINGLESS_FP16 = ("enabled", "type", "fp16", "precision")
 
 
+def only_deepspeed(config: NeoxConfig) -> list[str]:
+    """What is set and means something to DeepSpeed alone."""
+    names = [name for name in (*PASSED_ON, "deepspeed_extra_args") if config.is_set(name)]
+    for section, understood in (("zero_optimization", ("stage",)), ("bf16", MEANINGLESS_FP16)):
+        options = config.get(section) or {}
+        names += [f"{section}.{name}" for name in options if name not in understood]
+    return names
+
+
+def wants_deepspeed(config: NeoxConfig) -> bool:
+    """Whether something is set that changes a run of a single rank, and that DeepSpeed alone does."""
+    zero = config.parallel.zero_optimization or {}
+    offload = any(zero.get(name) for name in ("offload_optimizer", "offload_param", "cpu_offload"))
+    return offload or any(config.is_set(name) for name in (*PASSED_ON, "deepspeed_extra_args", "fp32_allreduce"))
+
+
 def deepspeed_dict(config: NeoxConfig, plan: BatchPlan) -> dict[str, Any]:
     """DeepSpeed's JSON config. The optimiser and the schedule are objects of ours and not in it.
 
