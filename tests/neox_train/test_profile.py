@@ -91,3 +91,21 @@ def test_the_error_that_ends_a_run_is_in_the_copy(train_apart, config, tmp_path:
     assert path.read_text() == done.stderr
     assert "data_path: is unknown" in done.stderr
     assert "warning: hostfile" in done.stderr
+
+
+def test_deepspeed_prints_what_it_was_asked_for(train_apart, config, tmp_path: Path) -> None:
+    """Its profiler, times, state, summary of communication and CSV files; they move a run of one rank to it."""
+    pytest.importorskip("deepspeed")
+    reports = {
+        "wall_clock_breakdown": True,
+        "steps_per_print": 2,
+        "dump_state": True,
+        "flops_profiler": {"enabled": True, "profile_step": 2},
+        "comms_logger": {"enabled": True},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "tiny"},
+    }
+    done = train_apart(config(train_iters=4, **reports))
+    for said in ("bwd_microstep", "DeepSpeed Flops Profiler", "DeepSpeedEngine configuration", "Comm. Op"):
+        assert said in done.stderr
+    assert (tmp_path / "csv" / "tiny" / "Train_Samples_lr.csv").read_text().count("\n") >= 3
+    assert done.lines == [str(tmp_path / "RUN" / "step_4")]

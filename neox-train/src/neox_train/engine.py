@@ -54,6 +54,9 @@ class DeepSpeedEngine:
             module: what DeepSpeed runs, if not the objective itself but something around it.
         """
         deepspeed = import_deepspeed(device)
+        self._logs_comms = bool((settings.get("comms_logger") or {}).get("enabled"))
+        if self._logs_comms or settings.get("dump_state"):
+            _talk()
         self.objective, self.device = objective.to(device), device
         self._stage: int = settings["zero_optimization"]["stage"]
         self._states, self._has_state = tuple(states), False
@@ -238,6 +241,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Let go of hooks and buffers."""
+        if self._logs_comms:
+            from deepspeed import comm
+
+            comm.log_summary()  # nobody else asks for it
         self._engine.destroy()
 
 
@@ -248,6 +255,13 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     if "bf16" in settings:  # a step with a NaN gradient is left out, as in the other precisions
         settings = settings | {"bf16": {"check_grad_overflow": True} | settings["bf16"]}
     return defaults | settings | fixed
+
+
+def _talk() -> None:
+    """Let DeepSpeed print what it was asked for; its own default is to print warnings alone."""
+    logger = logging.getLogger("DeepSpeed")
+    for part in (logger, *logger.handlers):
+        part.setLevel(logging.INFO)
 
 
 def import_deepspeed(device: torch.device) -> Any:

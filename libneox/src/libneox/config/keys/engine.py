@@ -176,14 +176,18 @@ class DeepSpeed:
     prescale_gradients: bool = key(False, "Divide gradients before reducing them.")
     gradient_predivide_factor: float = key(1.0, "Divisor of prescale_gradients.", above=0)
     sparse_gradients: bool = refused(False, "Sparse embedding gradients.", "the embedding's gradient is dense")
-    steps_per_print: int = key(10, "DeepSpeed's own log line every so many steps.", minimum=1)
-    wall_clock_breakdown: bool = key(False, "DeepSpeed logs forward, backward and step times.")
-    dump_state: bool = key(False, "DeepSpeed logs its state at start.")
-    flops_profiler: Section = key(None, "DeepSpeed's profiler.")
-    tensorboard: Section = key(None, "DeepSpeed's TensorBoard monitor.")
-    wandb: Section = key(None, "DeepSpeed's Weights & Biases monitor.")
-    csv_monitor: Section = key(None, "DeepSpeed's CSV monitor.")
-    comms_logger: Section = key(None, "DeepSpeed's log of communication.")
+    steps_per_print: int = key(10, "Every so many steps wall_clock_breakdown prints.", minimum=1)
+    wall_clock_breakdown: bool = key(False, "DeepSpeed prints times of forward, backward and step.")
+    dump_state: bool = key(False, "DeepSpeed prints its state and settings at start.")
+    flops_profiler: Section = key(
+        None, "DeepSpeed's profiler: {enabled, profile_step, ...} prints operations and times of each module, once."
+    )
+    tensorboard: Section = key(
+        None, "DeepSpeed's TensorBoard monitor, of what it knows: rate and times. See tensorboard_dir."
+    )
+    wandb: Section = key(None, "DeepSpeed's Weights & Biases monitor, likewise. See use_wandb.")
+    csv_monitor: Section = key(None, "DeepSpeed's CSV monitor, likewise. RUN/metrics.jsonl has everything.")
+    comms_logger: Section = key(None, "DeepSpeed's log of communication: {enabled: true} prints a summary at the end.")
     curriculum_learning: Section = key(
         None,
         "Sequence length that grows: in each step samples are cut to its length, what is cut off is not seen; "
