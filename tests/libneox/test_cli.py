@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+
+from libneox.cli import flat
 
 COMMAND = """
     from __future__ import annotations
@@ -164,3 +170,26 @@ def test_closed_and_full_stdout(script: Path) -> None:
     closed = subprocess.run(["bash", "-c", f"{line} >&-"], capture_output=True, text=True, timeout=60, check=False)
     assert closed.returncode == 74
     assert "stdout" in closed.stderr
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options of several commands."""
+
+    size: Annotated[int, typer.Option(min=1)] = 3
+    name: str | None = None
+
+
+def test_options_that_commands_share() -> None:
+    seen = []
+
+    def command(first: str, last: bool = False, *, shared: Shared) -> None:
+        seen.append((first, last, shared))
+
+    parameters = inspect.signature(flat(command)).parameters
+    assert list(parameters) == ["first", "last", "size", "name"]
+    assert parameters["size"].annotation == Annotated[int, parameters["size"].annotation.__metadata__[0]]
+    assert parameters["first"].default is inspect.Parameter.empty
+    flat(command)(first="a", size=5)
+    flat(command)(first="b", last=True, name="n")
+    assert seen == [("a", False, Shared(5)), ("b", True, Shared(3, "n"))]

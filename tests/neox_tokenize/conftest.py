@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from libneox.cli import flat
 from libneox.stream import StreamHeader, StreamReader
 from libneox.tokenizer import Tokenizer
 from neox_tokenize import cli
@@ -71,7 +72,7 @@ def tokenize(tmp_path: Path) -> Tokenize:
             source = file
         sink = io.BytesIO()
         paths = source if isinstance(source, list) else [source]
-        cli.tokenize(paths, stdout=sink, **{"tokenizer": "bytes", "quiet": True, **options})
+        flat(cli.tokenize)(files=paths, stdout=sink, **{"tokenizer": "bytes", "quiet": True, **options})
         return read_stream(sink.getvalue())
 
     return run

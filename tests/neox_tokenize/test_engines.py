@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from libneox.cli import flat
 from libneox.errors import UsageError
 from libneox.tokenizer import JsonTokenizer, load_tokenizer
 from neox_tokenize import cli, gigatoken_engine
@@ -28,7 +29,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         text = Path(json.__file__).read_text() * 3
         (folder / "text.txt").write_text(text)
         out = folder / "tokenizer.json"
-        cli.train([folder / "text.txt"], vocab_size=700, out=out, quiet=True, stdout=None)
+        flat(cli.train)(files=[folder / "text.txt"], vocab_size=700, out=out, quiet=True, stdout=None)
         loaded = load_tokenizer(out)
     else:
         golden: Path = request.getfixturevalue("golden")
@@ -152,7 +153,7 @@ def test_workers_do_not_matter(tokenize, tmp_path: Path, engine: str, monkeypatc
     file = tmp_path / "t.json"
     words = ["a", "few", "words", "for", "a", "small", "tokenizer,", "123", "of", "them"]
     (tmp_path / "in.txt").write_text(" ".join(random.Random(0).choices(words, k=5000)))
-    cli.train([tmp_path / "in.txt"], vocab_size=400, out=file, quiet=True, stdout=None)
+    flat(cli.train)(files=[tmp_path / "in.txt"], vocab_size=400, out=file, quiet=True, stdout=None)
     source = "\n".join(json.dumps({"text": text}) for text in [*mixed_texts(1000, 9), "x" * 100000])
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 10000)
     monkeypatch.setattr(blocks, "READ_BYTES", 1000)

@@ -9,6 +9,7 @@ Nothing here, and nothing at the top of a command's module, imports numpy, torch
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -17,7 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, BinaryIO, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn, get_type_hints
 
 # Plain help costs a third of the start-up time of typer's rich panels, and reads the same in a pipe.
 os.environ.setdefault("TYPER_USE_RICH", "0")
@@ -102,13 +103,59 @@ def _typer_command(prog: str, name: str, command: Command, verbs: Mapping[str, C
     return invoke
 
 
+def flat(command: Command) -> Command:
+    """The command with the fields of every dataclass among its parameters as parameters of their own, all by name.
+
+    A dataclass whose fields are annotated as options are is how several commands share a list of them.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    groups = {p.name: p.annotation for p in signature.parameters.values() if dataclasses.is_dataclass(p.annotation)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters_of(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group) if field.name in values]
+            values[name] = group(**{field: values.pop(field) for field in fields})
+        command(**values)
+
+    _set_signature(wrapper, parameters)
+    return wrapper
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    hints, keyword = get_type_hints(group, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(
+            field.name,
+            keyword,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]
+
+
+def _set_signature(function: Any, parameters: list[inspect.Parameter]) -> None:
+    """Give a wrapper a signature, in all places where one is looked for."""
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del function.__wrapped__  # its annotations would be read instead
+
+
 def _summary(function: Command) -> str:
     return (inspect.getdoc(function) or "").split("\n", 1)[0]
 
 
 def _wrap(prog: str, command: Command) -> Command:
     """Add --version and --debug to a command, and give it its private stdout."""
-    signature = inspect.signature(command, eval_str=True)
+    command = flat(command)
+    signature = inspect.signature(command)
     parameters = [p for p in signature.parameters.values() if p.name != "stdout"]
 
     def print_version(value: bool) -> None:
@@ -144,10 +191,7 @@ def _wrap(prog: str, command: Command) -> Command:
                 raise StorageError("stdout is closed; the data has nowhere to go") from error
             raise
 
-    keyword_only = [p.replace(kind=keyword) for p in parameters]
-    wrapper.__signature__ = signature.replace(parameters=[*keyword_only, *extra])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *extra]}
-    del wrapper.__wrapped__  # type: ignore[attr-defined]  # its annotations would be read instead of ours
+    _set_signature(wrapper, [*parameters, *extra])
     return wrapper
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from neox_convert.convert import Options, Report
 
 PROG = "neox-convert"
+SHARD_SIZE = "5GB"
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="RUN, RUN/latest or RUN/step_N.")]
 Either = Annotated[str, typer.Argument(metavar="CKPT", help="RUN, RUN/step_N, or a Hugging Face directory.")]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory to create.")]
@@ -29,6 +31,25 @@ TokenizerFile = Annotated[
     typer.Option("--tokenizer", help="Tokenizer file or directory, instead of the one found with the source."),
 ]
 Step = Annotated[int | None, typer.Option("--step", min=0, help="Number of the step that is written.")]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Options of how weights are written."""
+
+    dtype: Dtype = None
+    max_shard_size: ShardSize = SHARD_SIZE
+    tokenizer: TokenizerFile = None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Options of how a result is checked, kept and reported."""
+
+    verify: Verify = True
+    force: Force = False
+    as_json: Json = False
+    quiet: Quiet = False
 
 
 def main() -> NoReturn:
@@ -57,52 +78,43 @@ def default(words: Annotated[list[str] | None, typer.Argument(metavar="VERB ..."
 def to_hf(
     checkpoint: Checkpoint,
     output: Out,
-    stdout: BinaryIO,
     arch: Annotated[str, typer.Option("--arch", help="Family to export to; auto takes the first exact one.")] = "auto",
-    dtype: Dtype = None,
     trim_vocab: Annotated[
         bool, typer.Option("--trim-vocab", help="Drop the padding rows of embedding and head.")
     ] = False,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    weights: Weights,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Export a checkpoint as a Hugging Face model directory."""
     from neox_convert import convert
 
-    options = _options(dtype, verify, force, quiet, max_shard_size, tokenizer)
-    _print(stdout, as_json, convert.to_hf(checkpoint, output, arch=arch, trim_vocab=trim_vocab, options=options))
+    options = _options(keeping, **vars(weights))
+    _print(stdout, keeping, convert.to_hf(checkpoint, output, arch=arch, trim_vocab=trim_vocab, options=options))
 
 
 def from_hf(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Hugging Face model directory.")],
     output: Out,
-    stdout: BinaryIO,
-    dtype: Dtype = None,
     step: Step = None,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    weights: Weights,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Import a Hugging Face model directory as a checkpoint to evaluate, sample from or train on."""
     from neox_convert import convert
     from neox_convert.source import Where
 
-    options = _options(dtype, verify, force, quiet, max_shard_size, tokenizer)
+    options = _options(keeping, **vars(weights))
     where = Where(kind="hf", path=directory)
-    _print(stdout, as_json, convert.to_native(where, output, step=step, options=options))
+    _print(stdout, keeping, convert.to_native(where, output, step=step, options=options))
 
 
 def from_neox(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="GPT-NeoX save directory, or one of its steps.")],
     output: Out,
-    stdout: BinaryIO,
     config: Annotated[
         list[str] | None,
         typer.Option("--config", help="YAML file of the training run; default the configs/ in the checkpoint."),
@@ -114,14 +126,11 @@ def from_neox(
     optimizer: Annotated[
         bool, typer.Option("--optimizer/--no-optimizer", help="Import Adam's states, so that training can go on.")
     ] = True,
-    dtype: Dtype = None,
     step: Step = None,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    weights: Weights,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Import a checkpoint of the original GPT-NeoX, whatever its layout; executes nothing that is in it."""
     from neox_convert import convert
@@ -129,7 +138,7 @@ def from_neox(
 
     if qkv_layout not in ("auto", "heads", "blocks"):
         raise UsageError(f"--qkv-layout {qkv_layout}: expected auto, heads or blocks")
-    options = _options(dtype, verify, force, quiet, max_shard_size, tokenizer)
+    options = _options(keeping, **vars(weights))
     where = Where(
         kind="neox",
         path=directory,
@@ -137,55 +146,49 @@ def from_neox(
         overrides=tuple(overrides or ()),
         qkv_layout=qkv_layout,
     )
-    _print(stdout, as_json, convert.to_native(where, output, step=step, options=options, optimizer=optimizer))
+    _print(stdout, keeping, convert.to_native(where, output, step=step, options=options, optimizer=optimizer))
 
 
 def to_neox(
     checkpoint: Either,
     output: Out,
-    stdout: BinaryIO,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks (model_parallel_size).")] = 1,
     layout: Annotated[
         str, typer.Option("--layout", help="pipeline: a file for each layer; sequential: one for each rank.")
     ] = "pipeline",
     dtype: Dtype = None,
     tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Write the layout of the original GPT-NeoX: weights only, to be loaded there with finetune: true."""
     from neox_convert import convert
 
-    options = _options(dtype, verify, force, quiet, "5GB", tokenizer)
-    _print(stdout, as_json, convert.to_neox(checkpoint, output, tensor_parallel=tp, layout=layout, options=options))
+    options = _options(keeping, dtype=dtype, tokenizer=tokenizer)
+    _print(stdout, keeping, convert.to_neox(checkpoint, output, tensor_parallel=tp, layout=layout, options=options))
 
 
 def from_meta(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Directory with params.json and consolidated.*.")],
     output: Out,
-    stdout: BinaryIO,
     seq_length: Annotated[
         int | None,
         typer.Option("--seq-length", min=1, help="Context length; default that of the model's generation."),
     ] = None,
-    dtype: Dtype = None,
     step: Step = None,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    weights: Weights,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Import raw weights of Llama 1, 2, 3 or Mistral as their makers publish them."""
     from neox_convert import convert
     from neox_convert.source import Where
 
-    options = _options(dtype, verify, force, quiet, max_shard_size, tokenizer)
+    options = _options(keeping, **vars(weights))
     where = Where(kind="meta", path=directory, seq_length=seq_length)
-    _print(stdout, as_json, convert.to_native(where, output, step=step, options=options))
+    _print(stdout, keeping, convert.to_native(where, output, step=step, options=options))
 
 
 def inspect(
@@ -218,18 +221,16 @@ def cast(
     ],
     output: Out,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")],
+    max_shard_size: ShardSize = SHARD_SIZE,
+    *,
+    keeping: Keeping,
     stdout: BinaryIO,
-    max_shard_size: ShardSize = "5GB",
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint in another dtype, in the format it has; optimizer states stay float32."""
     from neox_convert import rewrite
 
-    options = _options(dtype, verify, force, quiet, max_shard_size, None)
-    _print(stdout, as_json, rewrite.rewrite(checkpoint, output, options=options))
+    options = _options(keeping, dtype=dtype, max_shard_size=max_shard_size)
+    _print(stdout, keeping, rewrite.rewrite(checkpoint, output, options=options))
 
 
 def reshard(
@@ -237,42 +238,36 @@ def reshard(
         str, typer.Argument(metavar="CKPT", help="A checkpoint of ours or a Hugging Face directory.")
     ],
     output: Out,
+    max_shard_size: ShardSize = SHARD_SIZE,
+    *,
+    keeping: Keeping,
     stdout: BinaryIO,
-    max_shard_size: ShardSize = "5GB",
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint in files of another size. Any run resumes at any layout without this."""
     from neox_convert import rewrite
 
-    options = _options(None, verify, force, quiet, max_shard_size, None)
-    _print(stdout, as_json, rewrite.rewrite(checkpoint, output, options=options))
+    options = _options(keeping, max_shard_size=max_shard_size)
+    _print(stdout, keeping, rewrite.rewrite(checkpoint, output, options=options))
 
 
 def average(
     paths: Annotated[list[str], typer.Argument(metavar="CKPT CKPT... OUT", help="Checkpoints, then the output.")],
-    stdout: BinaryIO,
     weight: Annotated[
         list[float] | None,
         typer.Option("--weight", help="Share of a checkpoint; once for each, in order."),
     ] = None,
-    dtype: Dtype = None,
     step: Step = None,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: TokenizerFile = None,
-    verify: Verify = True,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    weights: Weights,
+    keeping: Keeping,
+    stdout: BinaryIO,
 ) -> None:
     """Average the weights of several checkpoints of one model."""
     from neox_convert import rewrite
 
-    options = _options(dtype, verify, force, quiet, max_shard_size, tokenizer)
+    options = _options(keeping, **vars(weights))
     report = rewrite.average(paths[:-1], paths[-1], weights=weight or (), step=step, options=options)
-    _print(stdout, as_json, report)
+    _print(stdout, keeping, report)
 
 
 def upload(
@@ -290,14 +285,15 @@ def upload(
 
 
 def _options(
-    dtype: str | None, verify: bool, force: bool, quiet: bool, shard_size: str, tokenizer: str | None
+    keeping: Keeping, *, dtype: str | None = None, max_shard_size: str = SHARD_SIZE, tokenizer: str | None = None
 ) -> Options:
     from neox_convert.convert import Options
 
-    return Options(dtype=dtype, verify=verify, force=force, quiet=quiet, shard_size=shard_size, tokenizer=tokenizer)
+    kept = {"verify": keeping.verify, "force": keeping.force, "quiet": keeping.quiet}
+    return Options(dtype=dtype, shard_size=max_shard_size, tokenizer=tokenizer, **kept)
 
 
-def _print(stdout: BinaryIO, as_json: bool, report: Report) -> None:
+def _print(stdout: BinaryIO, keeping: Keeping, report: Report) -> None:
     """The path of what was made, or all about it."""
-    text = json.dumps(dataclasses.asdict(report)) if as_json else report.output
+    text = json.dumps(dataclasses.asdict(report)) if keeping.as_json else report.output
     stdout.write(text.encode() + b"\n")
