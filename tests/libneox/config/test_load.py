@@ -158,6 +158,13 @@ def test_launch_keys_name_the_equivalent_command(load_text: Load) -> None:
     assert any("srun --nodes 4 --ntasks-per-node 8 --account lab python -m neox_train" in w for w in slurm.warnings)
     hosts = load_text("hostfile: /job/hosts\ninclude: 'a@b:0,1'\n")
     assert any("deepspeed --hostfile /job/hosts --include a@b:0,1 --module neox_train" in w for w in hosts.warnings)
+    for launcher, command in (
+        ("openmpi", "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 --hostfile h -np 16 python -m neox_train"),
+        ("mpich", "MASTER_ADDR=HOST MASTER_PORT=29500 mpirun --hostfile h -np 16 python -m neox_train"),
+        ("flux", "MASTER_ADDR=HOST MASTER_PORT=29500 flux run -n N python -m neox_train"),
+    ):
+        found = load_text(f"launcher: {launcher}\nhostfile: h\nnum_nodes: 2\nnum_gpus: 8\n")
+        assert any(command in warning for warning in found.warnings), found.warnings
 
 
 def test_a_mapping_is_a_source_and_null_is_the_default() -> None:

@@ -65,9 +65,14 @@ def equivalent_command(config: NeoxConfig) -> str:
         return " ".join(["srun", *_flags(flags), "python -m", module])
     if launch.launcher in ("openmpi", "mpich", "mvapich", "impi") or launch.deepspeed_mpi:
         count = launch.num_gpus * max(1, launch.num_nodes) if launch.num_gpus else "N"
-        return " ".join(["mpirun", *_flags({"--hostfile": launch.hostfile, "-np": count}), "python -m", module])
+        flags = {"--hostfile": launch.hostfile, "-np": count}
+        words = [*_flags(flags), "python -m", module]
+        if launch.launcher in ("mpich", "impi"):
+            return " ".join([*_meeting(config), "mpirun", *words])
+        return " ".join(["mpirun", *(f"-x {setting}" for setting in _meeting(config)), *words])
     if launch.launcher in ("jsrun", "flux"):
-        return f"{'jsrun' if launch.launcher == 'jsrun' else 'flux run'} -n N python -m {module}"
+        command = "jsrun" if launch.launcher == "jsrun" else "flux run"
+        return " ".join([*_meeting(config), command, "-n N python -m", module])
     if launch.hostfile or launch.include or launch.exclude or (launch.num_nodes or 0) > 1:
         flags = {"--hostfile": launch.hostfile, "--include": launch.include, "--exclude": launch.exclude}
         flags |= {"--num_nodes": nodes, "--num_gpus": launch.num_gpus, "--master_addr": launch.master_addr}
@@ -76,6 +81,14 @@ def equivalent_command(config: NeoxConfig) -> str:
     flags = {"--nproc-per-node": launch.num_gpus or "N", "--master-addr": launch.master_addr}
     flags |= {"--master-port": launch.master_port if config.is_set("master_port") else None}
     return " ".join(["torchrun", *_flags(flags), "-m", module])
+
+
+def _meeting(config: NeoxConfig) -> list[str]:
+    """Settings of the environment by which ranks on several hosts meet, for launchers that do not see to it."""
+    launch = config.launch
+    if not (launch.hostfile or launch.num_nodes > 1 or launch.master_addr):
+        return []
+    return [f"MASTER_ADDR={launch.master_addr or 'HOST'}", f"MASTER_PORT={launch.master_port}"]
 
 
 def _flags(values: Mapping[str, object]) -> list[str]:
