@@ -12,6 +12,7 @@ _WANTED = {
     "tensorboard_dir": ("tensorboard", "neox-train[tensorboard]"),
     "use_wandb": ("wandb", "neox-train[wandb]"),
     "use_comet": ("comet_ml", "neox-train[comet]"),
+    "use_bnb_optimizer": ("bitsandbytes", "neox-train[bitsandbytes]"),
     "eval_tasks": ("neox_eval", "neox-eval"),
 }
 

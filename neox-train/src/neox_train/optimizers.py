@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from libneox.config import NeoxConfig
+from neox_train.states import States
 
 Groups = list[dict[str, Any]]
 Build = Callable[[Groups, dict[str, Any], float], torch.optim.Optimizer]
@@ -85,6 +86,12 @@ def _muon(groups: Groups, params: dict[str, Any], decay: float) -> torch.optim.O
     return build_muon(groups, params, decay)
 
 
+def _eight_bit(groups: Groups, params: dict[str, Any], decay: float) -> torch.optim.Optimizer:
+    from neox_train.eight_bit import build_eight_bit
+
+    return build_eight_bit(groups, params, decay)
+
+
 def _common(params: dict[str, Any], *extra: str) -> dict[str, Any]:
     given = {key: params[key] for key in extra if key in params}
     return given | {"lr": params["lr"], "betas": tuple(params["betas"]), "eps": float(params["eps"])}
@@ -105,9 +112,21 @@ KINDS: dict[str, Kind] = {
 }
 
 
+EIGHT_BIT = Kind(_eight_bit, (), shaped=True)  # its blocks are of a whole tensor
+
+
 def kind_of(config: NeoxConfig) -> Kind:
     """The optimiser of a configuration (which config loading has checked)."""
-    return KINDS[config.optimizer_type]
+    return EIGHT_BIT if config.optim.use_bnb_optimizer else KINDS[config.optimizer_type]
+
+
+def states_of(optimizer: torch.optim.Optimizer) -> States:
+    """The state of an optimiser as checkpoints hold it."""
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        from neox_train.eight_bit import EightBitStates
+
+        return EightBitStates(optimizer)
+    return States(optimizer)
 
 
 def state_names(config: NeoxConfig) -> tuple[str, ...]:

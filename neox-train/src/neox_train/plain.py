@@ -20,7 +20,7 @@ from libneox.parallel.mesh import Mesh
 from libneox.parallel.shard import Pieces, Shard
 from neox_train import tiles
 from neox_train.objective import LanguageModeling, MicroBatch
-from neox_train.optimizers import set_lr
+from neox_train.optimizers import set_lr, states_of
 from neox_train.steps import Outcome
 
 ALONE = Mesh()
@@ -52,6 +52,7 @@ class PlainEngine:
         self._weights = dict(objective.model.named_parameters())
         self._masters = self._weights if self._same else {n: nn.Parameter(t.to(device)) for n, t in masters.items()}
         self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
+        self._states = states_of(self._optimizer)
         self._tiled = tiles.takes(self._optimizer, device)
 
     def train(self, on: bool) -> None:
@@ -153,14 +154,13 @@ class PlainEngine:
     def state_specs(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(state, parameter, shape) of every state tensor of the optimiser."""
         for name, parameter in self._masters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    like = value.shape == parameter.shape
-                    yield key, name, self._shapes[name] if like else tuple(value.shape)
+            for key, value in self._states.of(parameter).items():
+                like = value.shape == parameter.shape
+                yield key, name, self._shapes[name] if like else tuple(value.shape)
 
     def state(self, key: str, name: str) -> Tensor:
         """One of them."""
-        return self._pieces.whole(name, self._optimizer.state[self._masters[name]][key])
+        return self._pieces.whole(name, self._states.of(self._masters[name])[key])
 
     def scalars(self) -> dict[str, Any]:
         """What else a checkpoint must hold."""
@@ -177,13 +177,12 @@ class PlainEngine:
     def restore_state(self, key: str, name: str, value: Tensor) -> None:
         """Set one state tensor."""
         mine = self._pieces.mine(name, value).contiguous()
-        self._optimizer.state[self._masters[name]][key] = mine.to(self.device, copy=True)
+        self._states.set(self._masters[name], key, mine.to(self.device, copy=True))
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Set what `scalars` gave; after the state tensors."""
         if "step" in scalars:
-            for state in self._optimizer.state.values():
-                state["step"] = torch.tensor(float(scalars["step"]), device=self.device)
+            self._states.set_step(int(scalars["step"]), self.device)
 
     def close(self) -> None:
         """Nothing to do."""

@@ -52,6 +52,7 @@ def check_values(config: NeoxConfig, problems: Problems) -> None:
     check.tokenizer()
     check.mup()
     check.curriculum()
+    check.eight_bit()
     if any(config.is_set(name) for name in ("num_layers", "hidden_size", "num_attention_heads")):
         check_architecture(config, problems)
 
@@ -181,6 +182,21 @@ class _Check:
         except UsageError as error:
             key, _, message = str(error).partition(": ")
             self.bad(key, message)
+
+    def eight_bit(self) -> None:
+        config = self.config
+        if not config.optim.use_bnb_optimizer:
+            return
+        for wrong, why in (
+            (config.optimizer_type not in ("adam", "adamw"), f"{config.optimizer_type} has no such form; take adam"),
+            (not config.optimizer_params.get("adam_w_mode", True), "decay is decoupled; remove adam_w_mode"),
+            (config.optimizer_params.get("amsgrad"), "there is no amsgrad; remove it"),
+            (config.zero_stage > 1, "its moments have blocks that ZeRO cuts; set zero_optimization.stage: 0"),
+            (config.get("engine") == "deepspeed", "its moments have blocks that ZeRO cuts; set engine: auto"),
+            (config.tensor_parallel > 1, "its moments have blocks of whole tensors; set model_parallel_size: 1"),
+        ):
+            if wrong:
+                self.bad("use_bnb_optimizer", why)
 
     def zero(self) -> None:
         section = self.config.parallel.zero_optimization

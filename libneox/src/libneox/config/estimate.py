@@ -30,7 +30,8 @@ LOSS_CHUNK_TOKENS = 1024  # the loss makes logits of so many tokens at a time
 FORMULAS = {
     "weights": "parameters of the stage / TP (norms and output biases whole), 2 bytes each (fp32: 4); ZeRO-3: / DP",
     "gradients": "as many, 2 bytes each (fp32 or grad_accum_dtype fp32: 4); ZeRO-2 and 3: / DP",
-    "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (whole for sm3, muon, adafactor)",
+    "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (whole for sm3, muon, adafactor; "
+    "use_bnb_optimizer: whole, moments 1 byte)",
     "activations": "micro-batch * sequence * batches in flight (PP - stage; dualpipev PP + 1/2) * layers of the stage "
     "* numbers kept, which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + "
     "(3q + 3kv, without rotary 2q + 2kv, + 2f, gated 4f) / TP; with checkpoint_activations h a layer and one layer in "
@@ -252,8 +253,10 @@ def _stage_memory(
     moments = STATES_PER_PARAMETER.get(kind, 2)
     if kind == "sgd":
         moments = 1 if config.optimizer_params.get("momentum") else 0
-    copies = 0 if full and kind in WHOLE else 1
-    optimizer = 4 * (moments + copies) * held // (1 if kind in WHOLE else data)
+    whole = kind in WHOLE or config.optim.use_bnb_optimizer
+    copies = 0 if full and whole else 1
+    moment_bytes = 1 if config.optim.use_bnb_optimizer else 4
+    optimizer = (moment_bytes * moments + 4 * copies) * held // (1 if whole else data)
     section = (config.parallel.zero_optimization or {}).get("offload_optimizer") or {}
     offloaded = isinstance(section, dict) and section.get("device") in ("cpu", "nvme")
     return StageMemory(

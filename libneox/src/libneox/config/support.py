@@ -109,7 +109,6 @@ NOT_YET: tuple[NotYet, ...] = (
     ),
     NotYet(("autotuning", "autotuning_run"), "the autotuner is not there yet; remove it"),
     NotYet(("soft_prompt_tuning",), "soft prompts are not there yet; remove it", _section_on("soft_prompt_tuning")),
-    NotYet(("use_bnb_optimizer",), "8-bit Adam is not there yet; set use_bnb_optimizer: false"),
 )  # fmt: skip
 
 
@@ -171,6 +170,8 @@ def _check_pipeline(config: NeoxConfig, problems: Problems) -> None:
         )
     if config.get("engine") == "plain":
         bad("engine", "plain has no pipeline; set engine: auto, or pipe_parallel_size: 1")
+    if config.optim.use_bnb_optimizer:
+        bad("use_bnb_optimizer", "its moments have blocks that a pipeline's ZeRO cuts; set pipe_parallel_size: 1")
     if config.optimizer_type in WHOLE:
         bad(
             "optimizer.type",

@@ -105,7 +105,11 @@ class Optim:
             "params": "arguments of the optimiser: lr, betas, eps, ...",
         },
     )
-    use_bnb_optimizer: bool = key(False, "8-bit Adam of bitsandbytes.")
+    use_bnb_optimizer: bool = key(
+        False,
+        "Adam with moments of 8 bits, by bitsandbytes, which must be installed (neox-train[bitsandbytes]); type adam "
+        "or adamw. Without ZeRO, tensor parallelism and pipelines. The model stays as it is.",
+    )
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases have none.", minimum=0)
     gradient_clipping: float = key(1.0, "Largest global L2 norm of the gradient; 0 switches clipping off.", minimum=0)
     loss_weighting: Literal["micro_batches", "tokens"] = key(
