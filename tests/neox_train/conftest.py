@@ -196,13 +196,22 @@ def script(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+class Started(subprocess.Popen[str]):
+    """A command that does not outlive a test that failed."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
 @pytest.fixture
 def start(command_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start neox-train and leave it running."""
 
     def begin(*args: str | Path, ranks: int = 1, script: Path | None = None, **more: Any) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        return subprocess.Popen(command(args, ranks, script), **(pipes | {"env": command_env} | more))
+        return Started(command(args, ranks, script), **(pipes | {"env": command_env} | more))
 
     return begin
 

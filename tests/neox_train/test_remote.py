@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def test_a_manifest_from_afar_cannot_name_files_elsewhere(tmp_path: Path) -> Non
 def test_addresses_that_nobody_opens_are_said_at_once(train, config, monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nonsense"):
         remote.open_address("nonsense://bucket/x")
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     done = train(config(s3_path="s3://bucket/run"), code=66)
     assert "pip install 'neox-train[s3]'" in done.stderr
 

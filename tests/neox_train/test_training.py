@@ -25,7 +25,15 @@ def same_checkpoint(a: Path, b: Path) -> bool:
 
 
 def test_stdout_is_the_paths_of_checkpoints(train_apart, config, tmp_path: Path) -> None:
-    done = train_apart(config(checkpoint_factor=3), "-q")
+    """In an environment where builds of extensions were killed: nobody looks at their locks, nothing is built."""
+    locks = [
+        tmp_path / "extensions" / name / "lock" for name in ("fused_adam", "deepspeed_shm_comm", "py311_cpu/utils")
+    ]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    done = train_apart(config(checkpoint_factor=3), "-q", env={"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
+    assert sorted(path for path in (tmp_path / "extensions").rglob("*") if path.is_file()) == sorted(locks)
     run = tmp_path / "RUN"
     assert done.lines == [str(run / f"step_{step}") for step in (3, 6, 8)]
     assert run_directory.list_steps(run) == [3, 6, 8]
@@ -178,7 +186,6 @@ def test_checkpoints_of_gpt_neox_are_not_passed_over(train, config, tmp_path: Pa
         assert f"neox-convert from-neox {old} RUN" in train(config(name, **places), code=66).stderr
 
 
-
 def test_a_longer_run_goes_on(train, config, losses, tmp_path: Path) -> None:
     train(config(lr_decay_iters=12), "-q")
     before = losses(tmp_path / "RUN")
@@ -228,19 +235,27 @@ def test_a_closed_stdout_does_not_end_the_run(start, config, tmp_path: Path) -> 
     assert "Broken pipe" in errors
 
 
-def test_nothing_is_pickled(train_apart, config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_nothing_is_pickled(train_apart, config, ranks: int, tmp_path: Path) -> None:
+    """Beginning, saving in both ways, copying and going on; torchrun itself pickles, its ranks must not."""
     (tmp_path / "canary").mkdir()
     (tmp_path / "canary" / "sitecustomize.py").write_text(
-        "import pickle, torch, os\n"
-        "def refuse(*a, **k):\n"
-        f"    open({str(tmp_path / 'pickled')!r}, 'a').write(repr(a)[:200])\n"
-        "    raise RuntimeError('pickle')\n"
-        "pickle.load = pickle.loads = pickle.dump = refuse\n"
-        "torch.load = torch.save = refuse\n"
+        "import os, sys\n"
+        "if 'torch.distributed.run' not in sys.orig_argv:\n"
+        "    import pickle, torch\n"
+        "    def refuse(*a, **k):\n"
+        f"        open({str(tmp_path / 'pickled')!r}, 'a').write(repr(a)[:200])\n"
+        "        raise RuntimeError('pickle')\n"
+        "    pickle.load = pickle.loads = pickle.dump = refuse\n"
+        "    torch.load = torch.save = refuse\n"
+        f"    open({str(tmp_path / 'watched')!r}, 'a').write('x')\n"
     )
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "canary"), os.environ.get("PYTHONPATH", "")])}
-    train_apart(config(train_iters=2), "-q", env=env)
-    train_apart(config(train_iters=3), "-q", env=env)
+    keys = {"train_micro_batch_size_per_gpu": 4 // ranks, "checkpoint_factor": 1}
+    train_apart(config(train_iters=2, **keys), "-q", env=env, ranks=ranks)
+    keys |= {"async_save": True, "replica_check_interval": 1, "s3_path": f"file://{tmp_path}/copies"}
+    train_apart(config(train_iters=4, **keys), "-q", env=env, ranks=ranks)
+    assert (tmp_path / "watched").read_text() == "xx" * ranks
     assert not (tmp_path / "pickled").exists()
     for path in (tmp_path / "RUN").rglob("*"):
         if path.is_file():
