@@ -2,6 +2,14 @@
 # The macros of the BUILD files. Metadata stays in each package's pyproject.toml; these read it and never repeat it.
 
 
+# What needs torch: these directories of the library. Nothing else of it depends on them, nor do the data tools.
+TORCH_HALF = ("model", "parallel", "checkpoint", "objectives", "generation")
+NO_TORCH = (
+    *("!//*/requirements#{}".format(name) for name in ("torch", "safetensors")),
+    *("!//libneox/src/libneox/{}/**".format(name) for name in TORCH_HALF),
+)
+
+
 def neox_package(project):
     """PROJECT/BUILD: what the package requires, and its wheel."""
     python_requirements(
@@ -25,6 +33,22 @@ def neox_sources(data=()):
     if data:
         resources(name="data", sources=list(data))
     python_sources(name="src", sources=["**/*.py"], dependencies=[":data"] if data else [])
+
+
+def neox_library_rules():
+    """libneox/src/BUILD: the library depends on no command, and its torch-free half on nothing that needs torch."""
+    __dependencies_rules__(
+        ([{"path": "/libneox/{}/**".format(name)} for name in TORCH_HALF], "//libneox/**", "!*"),
+        ("*", *NO_TORCH, "//libneox/**", "!*"),
+    )
+
+
+def neox_command_rules(project, torch):
+    """PROJECT/src/BUILD: a command depends on the library and on what it requires itself, never on another command.
+
+    torch: whether it may need the library's torch half; the data tools may not.
+    """
+    __dependencies_rules__(("*", *(() if torch else NO_TORCH), "//{}/**".format(project), "//libneox/**", "!*"))
 
 
 def neox_tests(commands=(), modules=(), torch=False, conftest=True, sources=("test_*.py",), name="tests"):

@@ -33,6 +33,16 @@ def test_what_is_not_tagged_needs_no_torch(root: Path) -> None:
             assert heavy is None, f"{path.relative_to(root)}: {heavy}; tag its directory's tests in BUILD"  # type: ignore[union-attr]
 
 
+def test_the_torch_half_has_one_border(root: Path) -> None:
+    """What the BUILD files hold apart is what test_imports.py holds apart."""
+    named = [
+        re.search(r"^TORCH_HALF = (\(.*\))$", (root / path).read_text(), re.MULTILINE)
+        for path in ("build-support/macros.py", "tests/repo/test_imports.py")
+    ]
+    assert all(named)
+    assert len({match[1] for match in named if match}) == 1
+
+
 def test_settings_name_no_machine(root: Path) -> None:
     """What belongs to a machine (index, certificates, paths) is written by the bootstrap outside the tree."""
     settings = tomllib.loads((root / "pants.toml").read_text())
@@ -63,22 +73,45 @@ def pants(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return command
 
 
-def call(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(command: list[str], *arguments: str, timeout: float = 290) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     cwd = Path(command[0]).parents[1]
     return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=290, check=False
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
 @pytest.mark.slow
-def test_list_knows_every_source_and_test(pants: list[str], root: Path) -> None:
+def test_list_knows_every_source_and_test(pants: list[str]) -> None:
     run = call(pants, "list", "::")
     assert run.returncode == 0, run.stderr
     listed = {line.partition(":")[0] for line in run.stdout.splitlines()}
-    for folder in (root / "tests", *root.glob("*/src")):
+    tree = Path(pants[0]).parents[1]
+    for folder in (tree / "tests", *tree.glob("*/src")):
         for path in folder.rglob("test_*.py" if folder.name == "tests" else "*.py"):
-            assert str(path.relative_to(root)) in listed
+            assert str(path.relative_to(tree)) in listed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("libneox/src/libneox/schedule.py", "libneox.model.transformer"),
+        ("libneox/src/libneox/schedule.py", "torch"),
+        ("neox-shard/src/neox_shard/cli.py", "libneox.checkpoint.store"),
+        ("neox-gen/src/neox_gen/cli.py", "neox_eval.cli"),
+    ],
+)
+def test_dependencies_across_the_lines_are_refused(pants: list[str], importer: str, imported: str) -> None:
+    path = Path(pants[0]).parents[1] / importer
+    source = path.read_text()
+    path.write_text(f"{source}\nimport {imported}\n")
+    try:
+        run = call(pants, "dependencies", importer)
+    finally:
+        path.write_text(source)
+    assert run.returncode != 0
+    assert re.search(rf"1 dependency violation.*: DENY.*{importer}.* -> ", run.stderr, re.DOTALL), run.stderr
 
 
 @pytest.mark.slow
@@ -91,7 +124,8 @@ def test_package_makes_seven_wheels(pants: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_quick_torch_free_tests_pass(pants: list[str]) -> None:
-    run = call(pants, "--tag=-torch", "test", *QUICK)
+    run = call(pants, "--tag=-torch", "test", *QUICK, timeout=900)  # the first time, it fetches all requirements
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "tests/libneox/data/test_order.py:tests succeeded" in run.stderr
