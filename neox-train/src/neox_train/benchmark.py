@@ -167,7 +167,9 @@ def _transformers_model(shape: ModelConfig) -> Any:
     try:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     except ImportError as error:
-        raise InputMissing("transformers is not installed; pip install transformers, or leave --vs out") from error
+        raise InputMissing(
+            "transformers is not installed; pip install 'neox-train[bench]', or leave --vs out"
+        ) from error
     if shape.norm != "layernorm" or shape.pos_emb != "rotary" or shape.gated or shape.num_kv_heads != shape.num_heads:
         raise UsageError("--vs hf: transformers' GPT-NeoX has no such model; take a preset like pythia/160M")
     config = GPTNeoXConfig(
@@ -181,7 +183,7 @@ def _transformers_model(shape: ModelConfig) -> Any:
 
 
 def prepared(config: NeoxConfig, asked: set[str], batch: int | None, *, cpu_batch: int) -> NeoxConfig:
-    """The configuration as one process runs it: one micro-batch a step, nothing to partition, unless asked for.
+    """The configuration as one process runs it: one micro-batch a step, no ZeRO, no fp16, unless asked for.
 
     Args:
         asked: keys set on the command line.
@@ -196,6 +198,8 @@ def prepared(config: NeoxConfig, asked: set[str], batch: int | None, *, cpu_batc
         keys["gradient_accumulation_steps"] = 1
     if not any(name.startswith("zero_optimization") for name in asked):
         keys["zero_optimization"] = {"stage": 0}
+    if config.compute_precision == "fp16" and not asked & {"precision", "fp16"}:
+        keys["precision"] = "bfloat16"  # what is comparable everywhere
     return config.replace(**keys)
 
 
