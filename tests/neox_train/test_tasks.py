@@ -92,11 +92,30 @@ def test_a_signal_ends_the_evaluation_too(start, config, evaluator: Stand, tmp_p
     assert not child.exists()
 
 
+def test_who_waits_shows_that_it_lives(config, evaluator: Stand, tmp_path: Path) -> None:
+    """An evaluation may take longer than a step may, which is for ranks that hang."""
+    from libneox.config import load_config
+    from libneox.parallel.group import Group
+    from libneox.parallel.launch import discover
+    from neox_train.tasks import Tasks
+
+    evaluator("import sys, time; time.sleep(1); sys.exit('done')")
+    marks: list[int] = []
+    warnings: list[str] = []
+    (tmp_path / "RUN").mkdir()
+    group = Group(discover({}), timeout_s=1)
+    loaded = load_config([config(eval_tasks=["sums.jsonl"])])
+    tasks = Tasks(loaded, tmp_path / "RUN", group, "cpu", asked=lambda: False, mark=marks.append, warn=warnings.append)
+    assert tasks.evaluate(7) == {}
+    assert len(marks) >= 4
+    assert set(marks) == {7}
+    assert warnings == ["eval_tasks: step 7: neox-eval exits 1: done; training goes on"]
+
+
 @pytest.mark.slow
 def test_other_ranks_stand_by(train_apart, config, metrics, evaluator: Stand, tmp_path: Path) -> None:
-    """Longer than the time a step may take, which is for ranks that hang."""
-    evaluator("import time; time.sleep(12)\n" + ANSWER)
-    train_apart(config(train_iters=3, eval_interval=2, eval_tasks=["sums.jsonl"]), "--step-timeout", "8", ranks=2)
+    evaluator("import time; time.sleep(2)\n" + ANSWER)
+    train_apart(config(train_iters=3, eval_interval=2, eval_tasks=["sums.jsonl"]), ranks=2)
     assert metrics(tmp_path / "RUN")[-1]["tasks"] == {"step": 2, "sums/acc": 0.2, "sums/em,strict": 1.0}
 
 
