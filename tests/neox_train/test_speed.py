@@ -170,3 +170,17 @@ def test_chunks_of_the_loss_follow_the_key(config: Callable[..., Path], train: C
     (many, ours), (one, whole) = found
     assert (many > 3, one) == (True, 1)
     assert ours == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compiled_run(stage: int, config: Callable[..., Path], train: Callable[..., Any], losses: Any,
+                      tmp_path: Path) -> None:  # fmt: skip
+    """Under both engines, with an evaluation in the midst of training."""
+    keys = {"zero_optimization": {"stage": stage}, "train_iters": 4, "eval_interval": 2, "eval_iters": 1}
+    for compiled in ("on", "off"):
+        save = tmp_path / compiled
+        done = train(config(f"{compiled}.yml", save=str(save), compile=compiled, **keys))
+        assert ("time of a compilation" in done.stderr) == (compiled == "on")
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
