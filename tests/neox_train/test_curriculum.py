@@ -78,3 +78,15 @@ def test_lengths_are_those_of_deepspeed(root: int, first: int, multiple: int) ->
     ours = Growth(first=first, last=100, total=50, multiple=multiple, root=float(root))
     steps = range(1, 120)
     assert [ours.length_at(step) for step in steps] == [theirs.update_difficulty(step) for step in steps]
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline_take_each_length(train, train_apart, config, metrics, tmp_path: Path) -> None:
+    """Short samples, several micro-batches and the mean over tokens, on two stages as on one rank."""
+    keys = {"curriculum_learning": CURRICULUM, "loss_weighting": "tokens", "eod_mask_loss": True}
+    keys |= {"eval_interval": 4, "eval_iters": 1}
+    train(config("one.yml", **keys, save=str(tmp_path / "one")), "-q")
+    train_apart(config(**keys, train_micro_batch_size_per_gpu=2, pipe_parallel_size=2), "-q", ranks=2)
+    for ours, whole in zip(metrics(tmp_path / "RUN"), metrics(tmp_path / "one"), strict=True):
+        for name in ("tokens", "loss", "grad_norm", *(name for name in whole if name == "valid_loss")):
+            assert ours[name] == pytest.approx(whole[name], rel=1e-4), (name, ours["step"])

@@ -116,13 +116,13 @@ def test_noise_scale_in_a_run(train, config, metrics, offload: bool, tmp_path: P
 @pytest.mark.slow
 def test_two_ranks_have_the_figures_of_one(train, train_apart, config, metrics, tmp_path: Path) -> None:
     keys = ASKED | {"log_gradient_noise_scale": True, "gradient_noise_scale_n_batches": 2}
-    train(config("one.yml", **keys, save=str(tmp_path / "one")), "-q", "--set", "train_iters=4")
+    train(config("one.yml", **keys, save=str(tmp_path / "one")), "-q", "--set", "train_iters=2")
     whole = metrics(tmp_path / "one")[-1]
     layouts = {"plain": {"engine": "plain"}, "zero2": {"zero_optimization": {"stage": 2}}}
     layouts["pipe"] = {"pipe_parallel_size": 2, "zero_optimization": {"stage": 1}}
     for name, more in layouts.items():
         run = tmp_path / name
-        cut = {"train_micro_batch_size_per_gpu": 1, "train_iters": 4, "save": str(run)}
+        cut = {"train_micro_batch_size_per_gpu": 1, "train_iters": 2, "save": str(run)}
         layout = {"zero_optimization": {"stage": 0}} | more
         train_apart(config(f"{name}.yml", **keys, **cut, **layout), "-q", ranks=2)
         ours = metrics(run)[-1]

@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # type to the arguments it takes
     "adafactor": ("lr", "beta2_decay", "eps", "d"),
 }
 MUP_OPTIMIZERS = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "sgd", "lion", "sm3")  # muP says how rates scale
-_ONEBIT = "is 1-bit Adam, which DeepSpeed dropped after version 0.16; use adam"
+_ONEBIT = "is 1-bit Adam, which DeepSpeed dropped after version 0.19.6; use adam"
 _PAIRS = ("train", "valid", "test")
 
 
