@@ -82,6 +82,19 @@ def test_wandb_offline(train, config, metrics, tmp_path: Path, monkeypatch: pyte
     assert rows == [(record["step"], pytest.approx(record["loss"])) for record in metrics(tmp_path / "RUN")]
 
 
+@pytest.mark.slow
+def test_wandb_on_every_rank(train_apart, config, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    path = config(train_iters=2, use_wandb=True, wandb_init_all_ranks=True, wandb_run_name="tiny")
+    train_apart(path, ranks=2, env={"WANDB_MODE": "offline"})
+    begun = {}
+    for file in (tmp_path / "RUN" / "wandb").glob("offline-run-*/*.wandb"):
+        records = list(wandb_records(file))
+        run = next(record.run for record in records if record.HasField("run"))
+        begun[run.display_name] = (run.run_group, sum(record.HasField("history") for record in records))
+    assert begun == {"tiny-rank0": ("tiny", 2), "tiny-rank1": ("tiny", 2)}
+
+
 def test_comet_offline(train, config, metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("comet_ml")
     monkeypatch.setenv("COMET_START_ONLINE", "false")
