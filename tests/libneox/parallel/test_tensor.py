@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from libneox.errors import UsageError
 from libneox.model import Transformer, init_weights
 from libneox.model.loss import linear_cross_entropy, token_losses
-from libneox.model.stages import logical_name, stages
 from libneox.model_config import ModelConfig
 from libneox.parallel.mesh import Mesh
 from libneox.parallel.shard import Shard
 from libneox.parallel.sharding import check_divides, split_of
-from libneox.parallel.tensor import shard_model, sharded_model
+from libneox.parallel.tensor import sharded_model, sharded_part
 from libneox.parallel.vocabulary import SharedVocabulary
 
 RANKS = 2
@@ -134,23 +133,21 @@ def all_shapes(mesh: Mesh) -> None:
             compare(model, config, shard)
 
 
-def layers_in_a_row(mesh: Mesh) -> None:
-    """The list of layers that a pipeline runs, with a whole model's values."""
+def parts_in_a_row(mesh: Mesh) -> None:
+    """The parts that a pipeline runs, with a whole model's values."""
     config = SHAPES["llama"]
     whole, wanted, _ = reference(config)
-    values = dict(whole.named_parameters())
     for sequence in (False, True):
         shard = Shard.of(mesh, sequence=sequence)
         ids, targets, mask = batch()
-        x = ids
-        for stage in stages(config, head=False):
-            layer = stage.build()
+        x = None
+        for piece in range(4):
+            part = sharded_part(config, range(piece, piece + 1), shard)
             with torch.no_grad():
-                for name, parameter in layer.named_parameters():
-                    parameter.copy_(values[logical_name(stage, name)])
-            shard_model(layer, config, shard, prefix=stage.prefix)
-            x = layer(x)
-            inside = sequence and stage.prefix != "final_norm."
+                for name, parameter in part.named_parameters():
+                    parameter.copy_(shard.piece(split_of(config, name), whole.get_parameter(name)))
+            x = part(ids, x)
+            inside = sequence and not part.is_last
             assert x.shape == (3, LENGTH // 2 if inside else LENGTH, config.hidden_size)
         shared = SharedVocabulary(shard, config.padded_vocab_size // 2)
         head = shard.piece(split_of(config, "head.weight"), whole.head_weight.detach())
@@ -226,7 +223,7 @@ def loss_of(model: Transformer, config: ModelConfig, shard: Shard, run: Callable
 
 def everything(mesh: Mesh) -> None:
     all_shapes(mesh)
-    layers_in_a_row(mesh)
+    parts_in_a_row(mesh)
     dropouts(mesh)
 
 

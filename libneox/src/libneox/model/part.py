@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from libneox.model.attention import Pattern
 from libneox.model.cache import KVCache
 from libneox.model.transformer import Context, Transformer
 from libneox.model_config import ModelConfig
@@ -52,20 +54,19 @@ class Part(Transformer):
         if self.is_first:
             x_BTD = self.embedded(ids_BT, positions_BT=positions_BT)
         assert x_BTD is not None
+        context = Context(Pattern())
         if self.has_blocks:
-            x_BTD = self.run_blocks(x_BTD, self._context(ids_BT, positions_BT, documents_BT), None)
+            context = self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT)
+        x_BTD = self.run_blocks(x_BTD, context, None)
         return self.normed(x_BTD) if self.is_last else x_BTD
 
-    def _context(self, ids_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None) -> Context:
-        return self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT)
-
     @property
-    def dtype(self):  # type: ignore[no-untyped-def]
+    def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(self.parameters()).dtype
 
     @property
-    def device(self):  # type: ignore[no-untyped-def]
+    def device(self) -> torch.device:
         """Of the parameters."""
         return next(self.parameters()).device
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor parallelism, put on a model from outside: the ranks of a group hold slices of its matrices.
 
-`shard_model` cuts the parameters of a finished model (or of a layer of `libneox.model.stages`) as the table of
+`shard_model` cuts the parameters of a finished model (or of a part of one) as the table of
 `libneox.parallel.sharding` says and makes its layers talk. Names stay the logical ones. Per block two sums over the
 group are needed forward and two backward (arXiv 1909.08053). With `sequence`, norms, residuals and dropouts
 between them work on T / ranks positions each, and every sum becomes a reduce-scatter behind a row-parallel matrix and
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libneox.model.part import Part
-from libneox.model.stages import BlockStage, EmbeddingStage, NormStage
 from libneox.model.transformer import Block, Embedding, Linear, Transformer
 from libneox.model_config import ModelConfig
 from libneox.parallel.shard import Shard
@@ -48,16 +47,12 @@ def sharded_part(config: ModelConfig, pieces: range, shard: Shard, device: str |
     return part.to_empty(device=device) if shard.size == 1 else part
 
 
-def shard_model(
-    module: nn.Module, config: ModelConfig, shard: Shard, *, prefix: str = "", device: str | torch.device = "cpu"
-) -> None:
-    """Cut a model, or a layer of `libneox.model.stages`, in place.
+def shard_model(module: Transformer, config: ModelConfig, shard: Shard, *, device: str | torch.device = "cpu") -> None:
+    """Cut a model, or a part of one, in place.
 
     Parameters keep this rank's slice of their values; those on the meta device get memory on `device`. Each cut one
     is marked `model_parallel`: DeepSpeed counts the others once in the norm of the gradient.
 
-    Args:
-        prefix: of the logical names of the module's parameters (`Stage.prefix`).
     Raises:
         UsageError: heads, widths or rows cannot be shared equally.
     """
@@ -65,33 +60,29 @@ def shard_model(
         return
     check_divides(config, shard.size)
     for name, parameter in list(module.named_parameters()):
-        _cut_parameter(module, name, parameter, shard, split_of(config, prefix + name), device)
-        if sums_gradient(prefix + name, sequence=shard.sequence):
+        _cut_parameter(module, name, parameter, shard, split_of(config, name), device)
+        if sums_gradient(name, sequence=shard.sequence):
             module.get_parameter(name).register_hook(shard.sum_gradient)
     for layer in module.modules():
         if isinstance(layer, Block):
             _connect_block(layer, shard)
-    if isinstance(module, Transformer | BlockStage):
-        heads = config.num_heads // shard.size
-        module.slopes = module.slopes[shard.rank * heads : (shard.rank + 1) * heads]
-    if isinstance(module, Transformer | EmbeddingStage) and module.embed is not None:
+    heads = config.num_heads // shard.size
+    module.slopes = module.slopes[shard.rank * heads : (shard.rank + 1) * heads]
+    module.kv_heads = config.num_kv_heads // shard.size
+    module.logits = functools.partial(_whole_logits, module, shard)  # type: ignore[method-assign]
+    if module.embed is not None:
         module.embed = VocabularyParallelEmbedding(module.embed, shard)  # type: ignore[assignment]
-    if shard.sequence and isinstance(module, BlockStage):
-        module.shares = shard.size
-    _connect_ends(module, shard)
+    # blocks work on this rank's positions; what embeds and what the head sees are all of them
+    if module.is_first:
+        module.layers[0].register_forward_pre_hook(lambda _, args: (shard.scatter(args[0]), *args[1:]))
+    if module.is_last:
+        module.final_norm.register_forward_hook(lambda _, args, x_BTD: shard.enter(x_BTD))
 
 
-def _connect_ends(module: nn.Module, shard: Shard) -> None:
-    """Blocks work on this rank's positions; what embeds and what the head sees are all of them."""
-    if isinstance(module, Transformer):
-        if module.is_first:
-            module.layers[0].register_forward_pre_hook(lambda _, args: (shard.scatter(args[0]), *args[1:]))
-        if module.is_last:
-            module.final_norm.register_forward_hook(lambda _, args, x_BTD: shard.enter(x_BTD))
-    elif isinstance(module, EmbeddingStage):
-        module.register_forward_hook(lambda _, args, x_BTD: shard.scatter(x_BTD))
-    elif isinstance(module, NormStage):
-        module.register_forward_hook(lambda _, args, x_BTD: shard.enter(x_BTD))
+def _whole_logits(model: Transformer, shard: Shard, hidden_BTD: Tensor) -> Tensor:
+    """`Transformer.logits` when every rank has some rows of the head. Without gradients: training has no use for it."""
+    mine = F.linear(hidden_BTD, model.head_weight).detach()
+    return shard.collected(mine).movedim(0, -2).flatten(-2).float()
 
 
 def _cut_parameter(
