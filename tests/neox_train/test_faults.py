@@ -337,7 +337,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(train_apart, config, script, 
     changes = {"checkpoint_factor": 2, "train_micro_batch_size_per_gpu": 2}
     done = train_apart(config(**changes), "-q", "--step-timeout", "20", ranks=2, script=path, code=None)
     assert done.returncode != 0
-    line = f"rank 1 on {socket.gethostname()} hangs at step 4 for 20 s"
+    line = f"rank 1 on {socket.gethostname()} hangs at step 5 for 20 s"
     assert line in done.stderr
     assert "hang_here" in done.stderr  # its stack
     assert (status(run)["code"], line in status(run)["reason"]) == (69, True)

@@ -110,11 +110,16 @@ class Watch:
             seen[rank] = (beat, now if beat != last[0] else last[1], mark, now if mark != last[2] else last[3])
             if rank != self._group.rank and now - seen[rank][1] > DEAD_S:
                 self._leave(f"rank {rank} on {host} is dead or stopped: no sign of life since step {step}", None)
-        slowest = min(seen, key=lambda rank: seen[rank][2], default=None)
-        if slowest is not None and len(seen) == len(watched) and now - max(s[3] for s in seen.values()) > self._timeout:
+        if not self._group.is_first or len(seen) < len(watched):
+            return  # who sees one rank alone cannot tell the one that hangs from those that wait for it
+        slowest = min(seen, key=lambda rank: seen[rank][2])
+        if now - max(s[3] for s in seen.values()) > self._timeout:
             host = json.loads(self._store.get(self._key(slowest)))[3]
             self._store.set("failed", json.dumps({"rank": slowest, "host": host, "step": self._step, "code": 69,
                                                   "reason": "hangs"}))  # fmt: skip
+            if slowest == self._group.rank:
+                faulthandler.dump_traceback(file=sys.stderr)
+            time.sleep(3 * BEAT_S)  # the store may live in this process: let that rank read and show its stack
             self._leave(f"rank {slowest} on {host} hangs at step {self._step} for {self._timeout:.0f} s", None)
 
     def _leave(self, line: str, report: dict[str, Any] | None) -> None:
