@@ -96,23 +96,6 @@ def test_layouts_and_models(
 
 
 @SLOW
-def test_sequences_that_grow(train, train_apart, config, metrics, tmp_path: Path) -> None:
-    """What stages send each other changes its shape, also between training and validation."""
-    curriculum = {
-        "enabled": True,
-        "curriculum_type": "seqlen",
-        "min_difficulty": 8,
-        "max_difficulty": 32,
-        "schedule_type": "fixed_linear",
-        "schedule_config": {"total_curriculum_step": 8, "difficulty_step": 8},
-    }
-    more = SAME | {"curriculum_learning": curriculum, "eval_interval": 2, "eval_iters": 1}
-    train(config("one.yml", save=str(tmp_path / "one"), **more), "-q")
-    train_apart(config(**more), *pipe(), ranks=2)
-    compare(metrics(tmp_path / "RUN"), metrics(tmp_path / "one"))
-
-
-@SLOW
 def test_a_run_moves_through_all_layouts(train_apart, script, config, metrics, tmp_path: Path) -> None:
     """Two data-parallel ranks, two tensor-parallel ones, a pipeline, one rank: samples and losses of one run."""
     seen = tmp_path / "seen"

@@ -104,10 +104,9 @@ class PipelineEngine(DeepSpeedEngine):
         if first.ids.shape != self._shape:  # else what is sent would be read as of the shape before
             engine.reset_activation_shape()
             self._shape = first.ids.shape
-        for layer, copy in zip(
-            self._layers, itertools.tee(itertools.chain([first], feed), len(self._layers)), strict=True
-        ):
-            layer.feed = copy
+        feeds = itertools.tee(itertools.chain([first], feed), len(self._layers))
+        for layer, layer_feed in zip(self._layers, feeds, strict=True):
+            layer.feed = layer_feed
         nothing = torch.empty(0, device=self.device)
         engine.set_dataiterator(itertools.repeat((nothing, nothing)))  # the layers have a feed of their own
         engine.total_loss, engine._compute_loss = None, True
@@ -115,7 +114,7 @@ class PipelineEngine(DeepSpeedEngine):
         assert all(next(layer.feed, None) is None for layer in self._layers), "the schedule left micro-batches over"
         last = 0 if self._folded else self._mesh.pipe_size - 1
         mean = torch.stack(engine.fwd_outputs).mean() if self._mesh.pipe_rank == last else None
-        return self._sent(last, lambda: mean, (), torch.float32)
+        return self._sent(last, lambda: mean, ())
 
     def _update(self) -> None:
         self._engine._exec_optimizer_step()
@@ -123,22 +122,26 @@ class PipelineEngine(DeepSpeedEngine):
     def weight(self, name: str) -> Tensor:
         """A parameter in the compute dtype."""
         take = super().weight
-        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name], self._dtype)
+        return self._held(name, lambda: take(name), self._dtype)
 
     def master(self, name: str) -> Tensor:
         """A parameter in float32."""
         take = super().master
-        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name])
+        return self._held(name, lambda: take(name))
 
     def gradient(self, name: str) -> Tensor:
         """Gradient of a parameter in float32, averaged over micro-batches and ranks."""
         take = super().gradient
-        return self._sent(self._holders[name][0], lambda: take(name), self._shapes[name])
+        return self._held(name, lambda: take(name))
 
     def state(self, key: str, name: str) -> Tensor:
         """One state tensor."""
         take = super().state
-        return self._sent(self._holders[name][0], lambda: take(key, name), self._shapes[name])
+        return self._held(name, lambda: take(key, name))
+
+    def _held(self, name: str, take: Callable[[], Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A whole tensor of the first stage that holds the parameter."""
+        return self._sent(self._holders[name][0], take, self._shapes[name], dtype)
 
     def _sent(
         self, owner: int, take: Callable[[], Any], shape: Sequence[int], dtype: torch.dtype = torch.float32
