@@ -207,3 +207,54 @@ def test_two_processes_share_the_documents(
         for name, value in metrics.items():
             assert results[1][task][name] == (pytest.approx(value) if isinstance(value, float) else value), name
     assert {path.name for path in tmp_path.iterdir() if "answers" in path.name} == set()
+
+
+@pytest.mark.slow
+def test_two_processes_hold_one_model(hf_models: dict[str, Path], task_files: dict[str, Path], tmp_path: Path) -> None:
+    """Every kind of question, some answered by an earlier run, and perplexity: what one process says."""
+    folder = hf_models["llama"]
+    tasks = ["-t", ",".join(map(str, task_files.values())), "--bootstrap-iters", "0"]
+
+    def run(processes: int, *words: str) -> tuple[dict[str, Any], bytes]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "neox_eval"]
+        words = (*words, "--tensor-parallel", str(processes))
+        done = subprocess.run([sys.executable, *launcher, *words], capture_output=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        (line,) = lines(done.stdout)
+        return line, done.stderr
+
+    whole, _ = run(1, str(folder), *tasks)
+    answer_one_task(folder, task_files["choice"], tmp_path / "2.answers.jsonl")
+    shared, said = run(2, str(folder), *tasks, "-o", str(tmp_path / "2.json"))
+    assert said.count(b"going on behind 78 answers") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["2.json"]
+    for task, metrics in whole["results"].items():
+        for name, value in metrics.items():
+            wanted = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert shared["results"][task][name] == wanted, name
+    words = ("perplexity", str(folder), str(task_files["texts"].with_suffix(".jsonl")), "-q")
+    assert run(2, *words)[0]["loss"] == pytest.approx(run(1, *words)[0]["loss"], rel=1e-5)
+
+
+def answer_one_task(folder: Path, task: Path, journal: Path) -> None:
+    """What an evaluation killed behind its first task leaves."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from neox_eval.answers import AnswerLog
+    from neox_eval.lm import NeoxLM
+    from neox_eval.tasks import read_specs
+
+    lm = NeoxLM(folder, quiet=True)
+    lm.answers = AnswerLog(journal, model=f"{lm.identity} {lm.max_length} {lm.model.dtype}")
+    manager = TaskManager(include_defaults=False)
+    simple_evaluate(model=lm, tasks=read_specs([str(task)])[0], task_manager=manager, bootstrap_iters=0)
+    lm.answers.close()
+
+
+def test_processes_that_cannot_be_grouped_are_refused(
+    hf_models: dict[str, Path], task_files: dict[str, Path], tmp_path: Path, run_command: Any
+) -> None:
+    run = run_command(["neox-eval", hf_models["pythia"], "-t", task_files["choice"], "--tensor-parallel", "2"])
+    assert run.returncode == 2
+    assert b"1 processes cannot be cut into groups of 2" in run.stderr

@@ -18,6 +18,9 @@ Dtype = Annotated[
 ]
 BatchSize = Annotated[str, typer.Option("--batch-size", "-b", help="Most sequences at once; auto limits tokens.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Most tokens read at once.")]
+TensorParallel = Annotated[
+    int, typer.Option(min=1, help="Processes that hold one model together, where it does not fit one device.")
+]
 TokenizerPath = Annotated[Path | None, typer.Option(help="Tokenizer, if not the checkpoint's.")]
 
 
@@ -51,6 +54,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "auto",
     tokenizer: TokenizerPath = None,
+    tensor_parallel: TensorParallel = 1,
     output_path: Annotated[
         Path | None,
         typer.Option("--output-path", "-o", help="X.json, or a directory (a folder each). A rerun resumes."),
@@ -105,7 +109,9 @@ def evaluate(
         predict_only=predict_only,
         metadata=read_json(metadata, "--metadata"),
         confirm_run_unsafe_code=confirm_run_unsafe_code,
-        model=ModelRequest(device, dtype, batch_size, max_length, max_gen_toks, str(tokenizer) if tokenizer else None),
+        model=ModelRequest(
+            device, dtype, batch_size, max_length, max_gen_toks, str(tokenizer) if tokenizer else None, tensor_parallel
+        ),
     )
     from neox_eval.evaluation import evaluate_all
 
@@ -139,13 +145,15 @@ def perplexity(
     device: Device = None,
     dtype: Dtype = "auto",
     tokenizer: TokenizerPath = None,
+    tensor_parallel: TensorParallel = 1,
     quiet: cli.Quiet = False,
 ) -> None:
     """Measure how well a model predicts texts: per token, byte and word, one JSON object a file on stdout."""
     from neox_eval.perplexity import measure_all
     from neox_eval.request import ModelRequest
 
-    model = ModelRequest(device, dtype, batch_size, max_length, 256, str(tokenizer) if tokenizer else None)
+    path = str(tokenizer) if tokenizer else None
+    model = ModelRequest(device, dtype, batch_size, max_length, 256, path, tensor_parallel)
     measure_all(checkpoint, data, stdout, model=model, key=key, limit=limit, context=context, quiet=quiet)
 
 

@@ -39,12 +39,12 @@ def evaluate_all(
     names = split_names(request.tasks)
     with _harness_environment(names, online=online):
         specs, by_name = read_specs(names)
-        with contextlib.closing(Ranks()) as ranks:
+        with contextlib.closing(Ranks(request.model.tensor_parallel)) as ranks:
             manager: Any = None
             for checkpoint in _each(checkpoints, ranks):
                 place = Place.of(output, _resolved(checkpoint), several=len(checkpoints) > 1 or checkpoints[0] == "-")
                 if manager is None:
-                    manager = _task_manager(request, by_name, names, quiet=quiet or ranks.rank > 0)
+                    manager = _task_manager(request, by_name, names, quiet=quiet or not ranks.is_first)
                 job = _Job(checkpoint, request, place, ranks, log_samples=log_samples, force=force, quiet=quiet)
                 line = job.run(specs, manager)
                 if line is not None:
@@ -58,10 +58,10 @@ def _each(checkpoints: Sequence[str], ranks: Ranks) -> Iterator[str]:
         if checkpoint != "-":
             yield checkpoint
             continue
-        lines = open_input("-") if ranks.rank == 0 else None
+        lines = open_input("-") if ranks.is_first else None
         while True:
             line = os.fsdecode(lines.readline()) if lines else ""
-            line = ranks.gather(line)[0]
+            line = ranks.first(line)
             if not line:
                 break
             if line.strip():
@@ -129,7 +129,7 @@ class _Job:
     ):
         self.checkpoint, self.request, self.place, self.ranks = checkpoint, request, place, ranks
         self.log_samples, self.force = log_samples, force
-        self.quiet = quiet or ranks.rank > 0
+        self.quiet = quiet or not ranks.is_first
 
     def run(self, specs: Sequence[Any], manager: Any) -> str | None:
         """Evaluate, write the files, and return the results as a line of JSON (None on ranks other than 0)."""
@@ -154,17 +154,19 @@ class _Job:
         if done is not None:
             if not self.quiet:
                 warn(PROG, f"{self.place.results}: already evaluated; --force evaluates again")
-            return done.strip() if self.ranks.rank == 0 else None
+            return done.strip() if self.ranks.is_first else None
         self.place.make()
         suffix = f".rank{self.ranks.rank}" if self.ranks.world_size > 1 else ""
-        journal = self.place.beside(f"answers{suffix}.jsonl")
+        journal = self.place.beside(f"answers{suffix}.jsonl") if self.ranks.leads else None
         lm.answers = AnswerLog(journal, model=f"{lm.identity} {lm.max_length} {lm.model.dtype}")
+        if self.ranks.tensor_parallel > 1:
+            lm.answers.follow(self.ranks.told)
         if lm.answers.found and not self.quiet:
             warn(PROG, f"{journal}: going on behind {lm.answers.found:,} answers")
         results = self._ask_harness(lm, specs, manager)
         lm.answers.close()
         line = None
-        if results is not None:
+        if results is not None and self.ranks.is_first:
             line = self._finish(results, fingerprint, started)
         self.ranks.barrier()
         if journal is not None:

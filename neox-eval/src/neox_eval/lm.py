@@ -57,6 +57,7 @@ class NeoxLM(TemplateLM):
         max_batch_size: int | str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        tensor_parallel: int = 1,
         ranks: Ranks | None = None,
         quiet: bool = False,
     ):
@@ -70,16 +71,17 @@ class NeoxLM(TemplateLM):
             dtype: auto (as stored), float32, bfloat16 or float16.
             batch_size: most sequences at once; `auto` limits tokens instead.
             max_length: most tokens the model reads at once; its own limit if None.
+            tensor_parallel: so many processes hold one model together (`ranks` says it otherwise).
         """
         super().__init__()
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Ranks(int(tensor_parallel))
         self._rank, self._world_size = self.ranks.rank, self.ranks.world_size
         source = checkpoint if checkpoint is not None else pretrained
         self.identity = "in memory"
         if model is None:
             if source is None:
                 raise UsageError("no checkpoint; give checkpoint=PATH")
-            loaded = load(source, device=device, dtype=dtype, tokenizer=tokenizer, local_rank=self.ranks.local_rank)
+            loaded = load(source, device=device, dtype=dtype, tokenizer=tokenizer, ranks=self.ranks)
             model, tokenizer, self.identity = loaded.model, loaded.tokens, loaded.identity
         if not isinstance(tokenizer, HarnessTokens):
             raise UsageError("a model in memory needs its tokenizer")
@@ -91,7 +93,7 @@ class NeoxLM(TemplateLM):
         self.limits = _limits(batch_size, max_batch_size, model.device)
         self.batch_sizes: dict[int, int] = {}
         self.answers = AnswerLog()
-        self.quiet = quiet or self.rank > 0
+        self.quiet = quiet or not self.ranks.is_first
 
     @property
     def eot_token_id(self) -> int:

@@ -17,6 +17,7 @@ from neox_eval.tokens import HarnessTokens
 if TYPE_CHECKING:
     from libneox.model import Transformer
     from libneox.run_directory import CheckpointRef
+    from neox_eval.ranks import Ranks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -35,7 +36,7 @@ def load(
     device: str | None = None,
     dtype: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
-    local_rank: int = 0,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Load a checkpoint of ours or of GPT-NeoX, or a Hugging Face directory, with its tokenizer.
 
@@ -43,7 +44,7 @@ def load(
         device: cpu, cuda, cuda:N; None: a GPU if there is one.
         dtype: one of DTYPES; auto is the stored type, or float32 where the CPU has no hardware for that.
         tokenizer: read it from here instead.
-        local_rank: which of the machine's GPUs is this process's.
+        ranks: the processes of the evaluation, which may hold the model together.
     Raises:
         InputMissing: no checkpoint or no tokenizer there.
     """
@@ -64,12 +65,14 @@ def load(
         tokens = HarnessTokens.load(tokenizer or ref.path, beside=ref.path)
     except InputMissing as error:
         raise InputMissing(f"{source}: no tokenizer there ({error}); name one with --tokenizer") from error
+    where = choose_device(device, 0 if ranks is None else ranks.local_rank)
     model = libneox.load_model(
         ref.path,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
-        device=choose_device(device, local_rank),
+        device=where,
         vocab_size=tokens.base.vocab_size,
         warn=warn,
+        shard=None if ranks is None else ranks.shard(where),
     )
     if dtype == "auto" and is_slow(model):
         model = model.float()

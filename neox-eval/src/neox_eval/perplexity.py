@@ -91,7 +91,9 @@ def measure_all(
     from neox_eval.lm import NeoxLM
     from neox_eval.ranks import Ranks
 
-    with contextlib.closing(Ranks()) as ranks:
+    with contextlib.closing(Ranks(model.tensor_parallel)) as ranks:
+        if "-" in data and ranks.tensor_parallel > 1:
+            raise UsageError("-: stdin reaches one process only; name a file that all of them can read")
         lm = NeoxLM(
             checkpoint,
             tokenizer=model.tokenizer,
@@ -107,7 +109,7 @@ def measure_all(
         for source in data:
             documents = pair_documents(source, lm) if kind_of(source) == "pair" else jsonl_documents(source, key, lm)
             totals = measure(lm, itertools.islice(documents, limit), context=context, quiet=quiet)
-            if lm.rank == 0:
+            if ranks.is_first:
                 line = {"data": source, "checkpoint": checkpoint, **totals.figures()}
                 line |= {"max_length": lm.max_length, "context": context}
                 stdout.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
@@ -133,7 +135,7 @@ def measure(lm: NeoxLM, documents: Iterator[Document], *, context: int, quiet: b
 
     mine = itertools.islice(documents, lm.rank, None, lm.world_size)
     totals = Totals()
-    with Progress("neox-eval", "documents", quiet=quiet or lm.rank > 0) as progress:
+    with Progress("neox-eval", "documents", quiet=quiet or not lm.ranks.is_first) as progress:
         while some := list(itertools.islice(mine, DOCUMENTS_AT_ONCE)):
             windows = [
                 make_disjoint_window(window)

@@ -22,6 +22,7 @@ class ModelRequest:
     max_length: int | None = None
     max_gen_toks: int = 256
     tokenizer: str | None = None
+    tensor_parallel: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Request:
     def fingerprint(self, identity: str) -> str:
         """Identifies the question put to a model; task and data files count by content."""
         values = dataclasses.asdict(self)
-        for name in ("device", "batch_size"):  # change the time, not the answers
+        for name in ("device", "batch_size", "tensor_parallel"):  # change the time, not the answers
             del values["model"][name]
         digest = hashlib.sha256(json.dumps([identity, values], sort_keys=True).encode())
         for task in self.tasks:

@@ -65,7 +65,7 @@ def score(
         (index of the pair, its score) for every pair of a batch. Results do not depend on the batches.
     Raises:
         DataError: a continuation alone is longer than `max_length`.
-        OutOfMemory: not even one sequence fits on the device.
+        OutOfMemory: not even one sequence fits on the device; or a batch, if other processes hold parts of the model.
     """
     questions = [fit(index, *pair, max_length) for index, pair in enumerate(pairs)]
     batches = list(plan(questions, limits))
@@ -74,6 +74,8 @@ def score(
         try:
             scores = run(model, batch)
         except torch.OutOfMemoryError as error:
+            if not model.is_whole:  # the others are in the middle of this batch
+                raise OutOfMemory("a batch does not fit the device; lower --batch-size") from error
             batches[:0] = halve(batch, error)
             torch.cuda.empty_cache()
             continue
@@ -173,7 +175,15 @@ def _shared_hidden(model: Transformer, groups: list[list[Question]]) -> Tensor:
     pads = [width - len(context) for context in contexts]
     ids_RT = torch.tensor([[0] * pad + [*context] for pad, context in zip(pads, contexts, strict=True)])
     pad_R = torch.tensor(pads, device=model.device) if any(pads) else None
-    cache = KVCache(model.config, len(groups), width + longest, dtype=model.dtype, device=model.device, pad_B=pad_R)
+    cache = KVCache(
+        model.config,
+        len(groups),
+        width + longest,
+        dtype=model.dtype,
+        device=model.device,
+        pad_B=pad_R,
+        kv_heads=model.kv_heads,
+    )
     last_RD = model.hidden(ids_RT.to(model.device), cache=cache)[:, -1]
     owner = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=model.device)
     first_QD = last_RD[owner]

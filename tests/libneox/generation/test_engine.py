@@ -147,6 +147,7 @@ class Script(torch.nn.Module):
     def __init__(self, model: Transformer, tokens: list[int]):
         super().__init__()
         self.config, self.device, self.dtype = model.config, torch.device("cpu"), torch.float32
+        self.kv_heads = model.kv_heads
         self._tokens, self._said = tokens, 0
 
     def hidden(self, ids: torch.Tensor, *, cache: Any) -> torch.Tensor:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from libneox.errors import DataError
 from libneox.model import Transformer
 from libneox.model_config import ModelConfig
 
+if TYPE_CHECKING:
+    from libneox.parallel.shard import Shard
+
 
 def load_model(
     source: str | os.PathLike[str],
@@ -23,6 +27,7 @@ def load_model(
     device: str | torch.device = "cpu",
     vocab_size: int | None = None,
     warn: run_directory.Warn | None = None,
+    shard: Shard | None = None,
 ) -> Transformer:
     """Load a checkpoint as a module in eval mode: ids [B, T] int64 -> logits [B, T, V] float32.
 
@@ -32,6 +37,7 @@ def load_model(
         dtype: of the parameters; the stored one if None.
         vocab_size: ids of the tokenizer, which a GPT-NeoX checkpoint does not know; all rows of its embedding if None.
         warn: told what is worth knowing: steps passed over, copies of a tensor that differ; None: stderr.
+        shard: keep this rank's part only; all ranks of the group then run the model together.
     Returns:
         The module; `.config` is its ModelConfig. V is the padded vocabulary.
     Raises:
@@ -48,14 +54,15 @@ def load_model(
         legacy = open_neox(ref.path, vocab_size=vocab_size)
         for note in legacy.notes:
             warn(f"{ref.path}: {note}")
-        return build_model(legacy.config, legacy.tensors, source=ref.path, dtype=dtype, device=device)
+        return build_model(legacy.config, legacy.tensors, source=ref.path, dtype=dtype, device=device, shard=shard)
     if ref.kind == "hf":
         from libneox.checkpoint import hf
 
         opened = hf.open_hf(ref.path)
-        return build_model(opened.config, opened, source=ref.path, dtype=dtype, device=device)
+        return build_model(opened.config, opened, source=ref.path, dtype=dtype, device=device, shard=shard)
     with open_tensors(ref.path) as tensors:
-        return build_model(read_model_config(ref.path), tensors, source=ref.path, dtype=dtype, device=device)
+        config = read_model_config(ref.path)
+        return build_model(config, tensors, source=ref.path, dtype=dtype, device=device, shard=shard)
 
 
 def read_model_config(step_dir: str | os.PathLike[str]) -> ModelConfig:
@@ -72,6 +79,7 @@ def build_model(
     source: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    shard: Shard | None = None,
 ) -> Transformer:
     """A model in eval mode with the values of `tensors`, read one at a time.
 
@@ -81,12 +89,24 @@ def build_model(
     check_names(config, tensors, source)
     with torch.device("meta"):
         model = Transformer(config)
-    for name, parameter in list(model.named_parameters()):
+    mine = _cut(model, shard) if shard is not None else None
+    for name, shape in config.parameter_shapes().items():
         value = tensors[name]
-        if value.shape != parameter.shape:
-            raise DataError(f"{source}: {name} is {tuple(value.shape)}, its config says {tuple(parameter.shape)}")
+        if tuple(value.shape) != shape:
+            raise DataError(f"{source}: {name} is {tuple(value.shape)}, its config says {shape}")
+        if mine is not None:
+            value = mine(name, value).clone()
         put_parameter(model, name, value.to(device=device, dtype=dtype or value.dtype))
     return model.to(device).eval()
+
+
+def _cut(model: Transformer, shard: Shard) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Make a model without memory one rank's part; returns what takes that part of a tensor."""
+    from libneox.parallel.shard import Pieces
+    from libneox.parallel.tensor import shard_model
+
+    shard_model(model, model.config, shard, device="meta")
+    return Pieces(model.config, shard).mine
 
 
 def check_names(config: ModelConfig, tensors: Mapping[str, torch.Tensor], source: str | os.PathLike[str]) -> None:

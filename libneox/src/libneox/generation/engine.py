@@ -194,7 +194,7 @@ class Engine:
             ids_BT[row, width - lengths[row] :] = torch.tensor(request.ids)
         pad_B = None if min(lengths) == width else torch.tensor([width - n for n in lengths], device=model.device)
         capacity = width + new_tokens + self.guesses
-        whole = model.device.type == "cuda" and not self.guesses
+        whole = model.device.type == "cuda" and not self.guesses and model.is_whole
         cache = KVCache(
             model.config,
             len(requests),
@@ -202,6 +202,7 @@ class Engine:
             dtype=cache_dtype(model),
             device=model.device,
             pad_B=pad_B,
+            kv_heads=model.kv_heads,
             whole=whole,
         )
         logits_BV = model.logits(model.hidden(ids_BT.to(model.device), cache=cache)[:, -1])

@@ -192,7 +192,7 @@ def prepacked(model: Transformer, *, consume: bool = False) -> Transformer:
         consume: take each weight out of `model` as it is packed, so that memory never holds two of all; `model` cannot
             be used afterwards.
     """
-    if isinstance(model, PackedTransformer) or not can_prepack(model):
+    if isinstance(model, PackedTransformer) or not can_prepack(model) or not model.is_whole:
         return model
     with torch.device("meta"):
         packed = PackedTransformer(model.config).eval()

@@ -216,6 +216,7 @@ class Transformer(nn.Module):
         config: what it was built from.
         attention: backend of `libneox.model.attention`, may be changed at any time.
         slopes: ALiBi slopes of the query heads held here (all of them, unless sharded).
+        kv_heads: key/value heads held here, likewise.
         is_first, is_last: whether the embedding, and the final norm with the head, are here (`libneox.model.part`).
     """
 
@@ -227,6 +228,7 @@ class Transformer(nn.Module):
         self.config = config
         self.attention: Backend = "sdpa"
         self.slopes = alibi_slopes(config.num_heads) if config.pos_emb == "alibi" else ()
+        self.kv_heads = config.num_kv_heads
         self.embed = Embedding(config.padded_vocab_size, config.hidden_size)
         if config.pos_emb == "learned":
             rows = config.max_position_embeddings + config.learned_position_offset
@@ -243,6 +245,11 @@ class Transformer(nn.Module):
     def head_weight(self) -> nn.Parameter:
         """[V, D], the embedding if tied: what the loss multiplies hidden states with."""
         return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all heads are here; other processes hold the rest otherwise."""
+        return self.kv_heads == self.config.num_kv_heads
 
     @property
     def dtype(self) -> torch.dtype:
