@@ -74,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="pythia/70M")
     parser.add_argument("--dtype", default="fp32", choices=LIMITS)
-    parser.add_argument("--compile", default="on", choices=("on", "off"))
+    parser.add_argument("--compile", default="off", choices=("on", "off"))
     for name, value in (("batch", 4), ("seq", 512), ("stage", 0), ("steps", 3), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", action="store_true")

@@ -81,6 +81,8 @@ def test_auto_compiles_long_runs_it_can_compile() -> None:
     assert not auto(train_iters=1000, compile="off")
     assert not auto(train_iters=1000, model_parallel_size=2)
     assert not auto(train_iters=1000, zero_optimization={"stage": 3})
+    assert auto(CPU, train_iters=5000, precision="fp32") == bool(shutil.which("g++"))
+    assert not auto(CPU, train_iters=5000, precision="bfloat16")
     assert auto(train_iters=10, compile="on")
     with pytest.raises(UsageError, match="compile: ZeRO stage 3"):
         auto(compile="on", zero_optimization={"stage": 3})

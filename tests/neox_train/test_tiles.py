@@ -40,6 +40,13 @@ def test_same_as_step(kind: type, dtype: torch.dtype, monkeypatch: pytest.Monkey
                 assert torch.equal(mine.state[a][key], reference.state[b][key])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE", 64)
+    gradient = torch.randn(13, 10, generator=torch.Generator().manual_seed(0)).to(dtype).T
+    torch.testing.assert_close(tiles.norm(gradient), torch.linalg.vector_norm(gradient.double()).float())
+
+
 def test_takes_only_what_it_does_alike() -> None:
     parameter = [nn.Parameter(torch.zeros(2))]
     cpu = torch.device("cpu")

@@ -109,7 +109,10 @@ class PlainEngine:
 
     def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """Global L2 norm, of the whole tensors."""
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()), dtype=torch.float32))
+        if self.device.type == "cpu":
+            norms = torch.stack([tiles.norm(gradient) for gradient in gradients.values()])
+        else:
+            norms = torch.stack(torch._foreach_norm(list(gradients.values()), dtype=torch.float32))
         if self._mesh.tensor_size == 1:
             return torch.linalg.vector_norm(norms)
         cut = torch.tensor([hasattr(weight, "model_parallel") for weight in self._weights.values()], device=self.device)

@@ -31,6 +31,14 @@ def takes(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
     return plain and device.type == "cpu" and all(g["fused"] and not g["amsgrad"] for g in optimizer.param_groups)
 
 
+def norm(gradient: Tensor) -> Tensor:
+    """L2 norm, float32 []: torch's own makes a float32 copy of a bfloat16 tensor first."""
+    if gradient.dtype == torch.float32 or gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    parts = [torch.linalg.vector_norm(tile.float()) for tile in gradient.reshape(-1).split(TILE)]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
 def update(optimizer: torch.optim.Optimizer, leaves: Iterable[Leaf], coefficient: Tensor | None) -> None:
     """One step of a fused Adam or AdamW.
 

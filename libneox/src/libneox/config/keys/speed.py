@@ -14,7 +14,7 @@ class Speed:
     compile: Literal["auto", "on", "off"] = key(
         "auto",
         "torch.compile of the blocks, with static shapes. auto: if a compiler is there and train_iters is at least 200 "
-        "(on a CPU 2000), and with one rank to a model, ZeRO up to stage 2 and no curriculum; on: or an error.",
+        "(on a CPU 2000, and float32), with one rank to a model, ZeRO up to stage 2, no curriculum; on: or an error.",
         synonyms={"true": "on", "false": "off"},
     )
     cpu_products: Literal["auto", "onednn", "torch"] = key(
