@@ -57,6 +57,15 @@ def test_every_stage_resumes_exactly(train, config, losses, precision: str, stag
     assert losses(tmp_path / "RUN") == losses(tmp_path / "w")
 
 
+def test_gradients_summed_in_float32_resume_exactly(train, config, losses, tmp_path: Path) -> None:
+    more = {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp32"}, "train_micro_batch_size_per_gpu": 1}
+    train(config("w.yml", save=str(tmp_path / "w"), train_iters=6, **more), "-q")
+    path = config(train_iters=6, **more)
+    train(path, "-q", "--set", "exit_interval=3", code=75)
+    train(path, "-q")
+    assert losses(tmp_path / "RUN") == losses(tmp_path / "w")
+
+
 @pytest.mark.parametrize(
     ("kind", "params"),
     [

@@ -227,7 +227,11 @@ class DeepSpeedEngine:
 
     def _flat_partitions(self) -> list[Tensor]:
         zero = self._engine.optimizer
-        return zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat
+        if self._stage == 3:
+            return zero.fp32_partitioned_groups_flat
+        if hasattr(zero, "single_partition_of_fp32_groups"):
+            return zero.single_partition_of_fp32_groups
+        return zero.fp32_groups_flat_partition  # bfloat16 with gradients summed in float32 has an optimiser of its own
 
     def _partition(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a stage 3 parameter, padded with zeros where the last slice is short."""
