@@ -96,15 +96,16 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
         UsageError: the configuration asks for two things that exclude each other.
     """
     shaped, asked = kind_of(config).shaped, config.get("engine")
+    kind = "use_bnb_optimizer" if config.optim.use_bnb_optimizer else config.optimizer_type
     if (shaped or asked == "plain") and config.zero_stage > 1:
-        why = f"{config.optimizer_type} needs whole matrices" if shaped else "engine: plain partitions nothing"
+        why = f"{kind} needs whole matrices" if shaped else "engine: plain partitions nothing"
         raise UsageError(f"zero_optimization.stage: {why}; set stage: 0")
     if shaped and asked == "deepspeed":
-        raise UsageError(f"engine: {config.optimizer_type} needs whole matrices, which ZeRO flattens; set engine: auto")
+        raise UsageError(f"engine: {kind} needs whole matrices, which ZeRO flattens; set engine: auto")
     if shaped and config.tensor_parallel > 1:
         raise UsageError(
-            f"optimizer.type: {config.optimizer_type} needs whole matrices, which model_parallel_size "
-            f"{config.tensor_parallel} cuts; set model_parallel_size: 1, or take adam, sgd or lion"
+            f"model_parallel_size: {kind} needs whole matrices, which {config.tensor_parallel} ranks would cut; "
+            "set it to 1, or take adam, sgd or lion"
         )
     if shaped or asked != "auto":
         return shaped or asked == "plain"
