@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VOCAB_SIZES = {"GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
 STATES_PER_PARAMETER = {"lion": 1, "muon": 1, "sm3": 1, "adafactor": 0, "madgrad_wd": 3}  # others: Adam's 2
 WHOLE = ("sm3", "muon", "adafactor")  # need whole matrices, so ZeRO cannot split their states
-REPLICATED = ("_norm.weight", "_norm.bias", "attn.out.bias", "mlp.down.bias", "pos_embed.weight", "rpe.weight")
+REPLICATED = ("_norm.weight", "_norm.bias", "attn.out.bias", "mlp.down.bias", "pos_embed.weight")
 LOSS_CHUNK_TOKENS = 1024  # the loss makes logits of so many tokens at a time
 FORMULAS = {
     "weights": "parameters of the stage / TP (norms and output biases whole), 2 bytes each (fp32: 4); ZeRO-3: / DP",
@@ -280,7 +280,8 @@ def _held_parameters(model: ModelConfig, layers: int, *, first: bool, last: bool
     held = 0
     for name, shape in model.parameter_shapes().items():
         count = math.prod(shape)
-        share = count if name.endswith(REPLICATED) else -(-count // tensor)
+        whole = name.endswith(REPLICATED) and ".qk_norm." not in name  # the joint norm goes with its heads
+        share = count if whole else -(-count // tensor)
         if name.startswith("layers."):
             held += share * layers if name.startswith("layers.0.") else 0
         elif name.startswith(("embed.", "pos_embed.")):
