@@ -117,7 +117,7 @@ def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState)
     """Give the engine its values: initial ones, or the checkpoint's."""
     source, model_config = start.source, engine.objective.model.config
     if source is None:
-        for name in engine.names():
+        for name in engine.local():
             engine.restore_master(name, initial_value(model_config, name, config.train.seed))
         return
     if source.kind == "hf":

@@ -260,13 +260,13 @@ class _Counting:
 
 
 def restore_weights(engine: Engine, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], source: Path) -> None:
-    """Give the engine every parameter of a checkpoint: the float32 master where there is one.
+    """Give the engine the parameters that this rank holds: the float32 master where the checkpoint has one.
 
     Raises:
         DataError: a tensor has another shape than the model.
     """
     shapes = engine.objective.model.config.parameter_shapes()
-    for name in engine.names():
+    for name in engine.local():
         value = optimizer[MASTER + name] if MASTER + name in optimizer else model[name]
         if tuple(value.shape) != shapes[name]:
             raise DataError(f"{source}: {name} is {tuple(value.shape)}, the model has {shapes[name]}")
@@ -276,7 +276,7 @@ def restore_weights(engine: Engine, model: Mapping[str, Tensor], optimizer: Mapp
 def restore_optimizer(
     engine: Engine, optimizer: Mapping[str, Tensor], stored: dict[str, Any], states: set[str]
 ) -> None:
-    """Give the engine the optimiser's state.
+    """Give the engine the optimiser's state, as far as this rank holds it.
 
     Args:
         stored: `optimizer` of trainer.json.
@@ -291,7 +291,9 @@ def restore_optimizer(
             f"optimizer: the checkpoint holds {', '.join(sorted(found))} of {stored.get('type')}, the configured one "
             f"has {', '.join(sorted(states))}; set no_load_optim: true to start it afresh"
         )
+    elsewhere = set(engine.names()) - set(engine.local())
     for name in names:
         key, _, parameter = name.partition("/")
-        engine.restore_state(key, parameter, optimizer[name])
+        if parameter not in elsewhere:
+            engine.restore_state(key, parameter, optimizer[name])
     engine.restore_scalars({key: value for key, value in stored.items() if key != "type"})
