@@ -191,10 +191,10 @@ def test_a_failure_while_a_checkpoint_is_written_aside(
     on_append(lambda path: wait_for_step(run, 4) if path.parent.name.startswith("step_4") else None)
     make, one_step = Batches.make, loop.one_step
 
-    def bad(self: Batches, numbers: range) -> Any:
+    def bad(self: Batches, numbers: range, *rest: Any) -> Any:
         if numbers.start == 16:
             raise DataError("a bad sample")
-        return make(self, numbers)
+        return make(self, numbers, *rest)
 
     def broken(work: loop.Run) -> str:
         if work.state.step == 4:
