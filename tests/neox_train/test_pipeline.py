@@ -66,8 +66,11 @@ SGD = {"optimizer": {"type": "sgd", "params": {"lr": 0.5}}, "gradient_clipping":
     ("ranks", "model", "layout"),
     [
         (2, {"precision": "bfloat16"}, {}),
-        (2, LLAMA | {"reset_position_ids": True, "document_mask": True}, {"pipe_partition_method": "parameters"}),
-        (2, {"num_layers": 4}, {"checkpoint_activations": True, "checkpoint_num_layers": 2}),
+        (
+            2,
+            LLAMA | {"num_layers": 4, "reset_position_ids": True, "document_mask": True},
+            {"pipe_partition_method": "parameters", "checkpoint_activations": True, "checkpoint_num_layers": 2},
+        ),
         (3, SGD | {"pos_emb": "rpe", "num_layers": 3, "eod_mask_loss": True}, {"pipe_partition_method": "uniform"}),
         (4, SGD, {"train_micro_batch_size_per_gpu": 2}),
         (4, SGD, {"model_parallel_size": 2}),
@@ -76,18 +79,19 @@ SGD = {"optimizer": {"type": "sgd", "params": {"lr": 0.5}}, "gradient_clipping":
         (4, LLAMA, {"pipe_schedule": "dualpipev", "model_parallel_size": 2, "sequence_parallel": True}),
     ],
     ids=[
-        "bf16", "documents", "recomputed", "three-stages", "PP-DP", "PP-TP", "PP-TP-sequence-bf16", "dualpipev",
+        "bf16", "documents-recomputed", "three-stages", "PP-DP", "PP-TP", "PP-TP-sequence-bf16", "dualpipev",
         "dualpipev-TP-sequence",
     ],
 )  # fmt: skip
 def test_layouts_and_models(
     train, train_apart, config, metrics, ranks: int, model: dict[str, Any], layout: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Ten steps equal those of one rank, the second half resumed by the pipeline from its own checkpoint."""
+    """Ten steps equal those of one rank; less than four ranks stop and resume halfway."""
     more = SAME | {"eval_interval": 5, "eval_iters": 1, "zero_optimization": {"stage": 1}} | model
     train(config("one.yml", save=str(tmp_path / "one"), **more), "-q")
     path, stages = config(**more), 3 if ranks == 3 else 2
-    train_apart(path, *pipe(stages, **layout), "--set", "exit_interval=5", ranks=ranks, code=None, timeout=300)
+    if ranks < 4:
+        train_apart(path, *pipe(stages, **layout), "--set", "exit_interval=5", ranks=ranks, code=None, timeout=300)
     train_apart(path, *pipe(stages, **layout), ranks=ranks, timeout=300)
     one = metrics(tmp_path / "one")
     compare(metrics(tmp_path / "RUN"), one, 2e-2 if "precision" in model else 1e-5)
