@@ -10,8 +10,8 @@ from libneox.errors import DataError, InputMissing
 from libneox.legacy import is_legacy, stored_tokenizer
 
 CHARLEVEL = "charlevel"
-# In a directory, in this order. A run's newest checkpoint is found through its `latest`; the configuration in a checkpoint
-# of GPT-NeoX may name a file.
+# In a directory, in this order. A run's newest checkpoint is found through its `latest`; the configuration in a
+# checkpoint of GPT-NeoX may name a file.
 NAMES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "tokenizer.tiktoken")
 
 
