@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint of GPT-NeoX on disk: what tells it, where its files, configuration and tokenizer are. No torch.
 
-    SAVE/latest                         a text file: global_step143000
-    SAVE/global_step143000/             mp_rank_00_model_states.pt ... or layer_00-model_00-model_states.pt ...
-    SAVE/global_step143000/configs/     the YAML files of the run; the slim release of the 20B has SAVE/configs/
+SAVE/latest                         a text file: global_step143000
+SAVE/global_step143000/             mp_rank_00_model_states.pt ... or layer_00-model_00-model_states.pt ...
+SAVE/global_step143000/configs/     the YAML files of the run; the slim release of the 20B has SAVE/configs/
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ class Log:
     log_grad_norm: bool = key(False, "Norm of each gradient before clipping (tensor_grad_norm).")
     log_grad_pct_zeros: bool = key(False, "Per cent of zeros in each gradient (grad_pct_zeros).")
     log_optimizer_states: bool = key(False, "Norm of each state tensor of the optimiser (optimizer_state_norm).")
-    log_gradient_noise_scale: bool = key(
-        False, "Estimate the gradient noise scale (noise_scale, in samples)."
-    )
+    log_gradient_noise_scale: bool = key(False, "Estimate the gradient noise scale (noise_scale, in samples).")
     gradient_noise_scale_n_batches: int = key(
         5, "Global batches of the large-batch estimate, so many steps are one estimate.", minimum=2
     )
