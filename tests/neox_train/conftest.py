@@ -63,10 +63,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a configuration: TINY, changed by keyword arguments, `save` being RUN of the test's directory."""
+    """Write a configuration: TINY, changed by keyword arguments, `save` being RUN of the test's directory.
+
+    It is trained by DeepSpeed unless the test has a say in `engine` or `zero_optimization`.
+    """
 
     def write(name: str = "config.yml", **changes: Any) -> Path:
         values = TINY | {"data_path": str(corpus), "save": str(tmp_path / "RUN")} | changes
+        if "zero_optimization" not in changes:
+            values.setdefault("engine", "deepspeed")  # one rank would do without
         path = tmp_path / name
         path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
         return path
@@ -209,9 +214,16 @@ class Started(subprocess.Popen[str]):
 def start(command_env: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start neox-train and leave it running."""
 
-    def begin(*args: str | Path, ranks: int = 1, script: Path | None = None, **more: Any) -> subprocess.Popen[str]:
+    def begin(
+        *args: str | Path,
+        ranks: int = 1,
+        script: Path | None = None,
+        more_env: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-        return Started(command(args, ranks, script), **(pipes | {"env": command_env} | more))
+        env = command_env | dict(more_env or {})
+        return Started(command(args, ranks, script), **(pipes | {"env": env} | more))
 
     return begin
 

@@ -16,7 +16,7 @@ from libneox.errors import UsageError
 from neox_train.eight_bit import coded, decoded, largest
 from neox_train.extras import check_installed
 
-EIGHT = {"use_bnb_optimizer": True, "checkpoint_factor": 4}
+EIGHT = {"engine": "auto", "use_bnb_optimizer": True, "checkpoint_factor": 4}
 BY_BLOCKS = "layers.0.mlp.up.weight"  # 128 x 32: enough elements for codes
 
 

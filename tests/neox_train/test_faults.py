@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,6 +61,14 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not only waiting to be collected."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except OSError:
+        return False
+
+
 SLOW = pytest.mark.slow
 
 
@@ -92,6 +102,32 @@ def test_a_signal_saves_and_stops(start, config, train, losses, number: int, tmp
     short = config("short.yml", save=str(tmp_path / "whole"), **LONG)
     train(short, "-q", "--set", f"exit_interval={step + 3}", code=75)
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@SLOW
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_a_signal_to_the_group_while_blocks_are_compiled(start, config, tmp_path: Path) -> None:
+    """Ctrl-C and schedulers signal every process of the group, the compiler among them."""
+    run, cache = tmp_path / "RUN", {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    changes = {"compile": "on", "hidden_size": 64, "zero_optimization": {"stage": 0}} | LONG
+    with start(config(**changes), "-q", start_new_session=True, more_env=cache) as process:
+        wait_for(lambda: compiles_now(process.pid))
+        for _ in range(5):  # one compilation follows the other
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.3)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert run_directory.list_steps(run) == [1]
+
+
+def compiles_now(session: int) -> bool:
+    """Whether a compiler runs in a session."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = entry.read_text().rpartition(")")
+            if "cc1plus" in name and int(rest.split()[3]) == session:
+                return True
+    return False
 
 
 @SLOW
@@ -291,26 +327,30 @@ def test_every_rank_saves_the_same_step(
 
 
 @pytest.mark.parametrize(
-    ("rank", "how", "stages"),
+    ("rank", "how", "stages", "tensor"),
     [
-        (1, signal.SIGKILL, 1),
-        pytest.param(0, signal.SIGKILL, 1, marks=SLOW),
-        pytest.param(1, signal.SIGSTOP, 1, marks=SLOW),
-        pytest.param(0, signal.SIGKILL, 2, marks=SLOW),
-        pytest.param(1, signal.SIGKILL, 2, marks=SLOW),
-        pytest.param(1, signal.SIGSTOP, 2, marks=SLOW),
+        (1, signal.SIGKILL, 1, 1),
+        pytest.param(0, signal.SIGKILL, 1, 1, marks=SLOW),
+        pytest.param(1, signal.SIGSTOP, 1, 1, marks=SLOW),
+        pytest.param(0, signal.SIGKILL, 2, 1, marks=SLOW),
+        pytest.param(1, signal.SIGKILL, 2, 1, marks=SLOW),
+        pytest.param(1, signal.SIGSTOP, 2, 1, marks=SLOW),
+        pytest.param(2, signal.SIGKILL, 2, 2, marks=SLOW),
+        pytest.param(3, signal.SIGSTOP, 2, 2, marks=SLOW),
     ],
 )
-def test_a_dead_rank_stops_the_others(start, config, rank: int, how: int, stages: int, tmp_path: Path) -> None:
+def test_a_dead_rank_stops_the_others(  # F-05
+    start, config, rank: int, how: int, stages: int, tensor: int, tmp_path: Path
+) -> None:
     run = tmp_path / "RUN"
-    path = config(train_micro_batch_size_per_gpu=2, pipe_parallel_size=stages, **(LONG | {"checkpoint_factor": 2}))
-    with start(path, ranks=2) as process:
+    layout = {"pipe_parallel_size": stages, "model_parallel_size": tensor}
+    path = config(train_micro_batch_size_per_gpu=2, **layout, **(LONG | {"checkpoint_factor": 2}))
+    with start(path, ranks=max(2, stages * tensor)) as process:
         wait_for(lambda: steps_done(run) > 3)
         ranks = children(process)
         os.kill(ranks[rank], how)
         died = time.monotonic()
-        other = Path(f"/proc/{ranks[1 - rank]}")
-        wait_for(lambda: not other.exists() or "Z" in (other / "stat").read_text().rpartition(")")[2][:3], 30)
+        wait_for(lambda: not any(map(is_running, ranks[:rank] + ranks[rank + 1 :])), 30)
         assert time.monotonic() - died < 12
         os.kill(ranks[rank], signal.SIGKILL) if how == signal.SIGSTOP else None
         _, errors = process.communicate(timeout=60)
@@ -346,7 +386,6 @@ def test_a_rank_that_hangs_is_named_with_its_stack(train_apart, config, script, 
 
 def test_bad_data_on_one_rank_stops_all(start, config, corpus, tmp_path: Path) -> None:
     """Rank 1 alone meets an id beyond the vocabulary; its error is the one that is told."""
-    import shutil
 
     import numpy as np
 

@@ -158,7 +158,9 @@ def test_what_deepspeed_alone_does_is_done_by_it_or_told(train, config, tmp_path
     from neox_train.engines import runs_plain
 
     offload = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
-    assert runs_plain(load_config([config(zero_optimization={"stage": 0, "reduce_scatter": True})]), 1)
+    for stage in (0, 1):
+        own = load_config([config(zero_optimization={"stage": stage, "reduce_scatter": True})])
+        assert (runs_plain(own, 1), runs_plain(own, 2)) == (True, False)
     assert not runs_plain(load_config([config(zero_optimization=offload)]), 1)
     assert not runs_plain(load_config([config(zero_optimization={"stage": 0}, fp32_allreduce=True)]), 1)
     path = config(zero_optimization=offload, data_types={"grad_accum_dtype": "fp32"}, engine="plain", train_iters=1)

@@ -109,8 +109,8 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
         )
     if shaped or asked != "auto":
         return shaped or asked == "plain"
-    small = world_size == 1 and config.zero_stage == 0 and config.compute_precision != "fp16"
-    return small and not wants_deepspeed(config)
+    alone = world_size == 1 and config.zero_stage <= 1 and config.compute_precision != "fp16"
+    return alone and not wants_deepspeed(config)
 
 
 def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from libneox.config.engine import only_deepspeed
 from libneox.curriculum import curriculum_of
 from libneox.data.splits import SampleSet
 from libneox.errors import UsageError
+from libneox.model_config import ModelConfig
 from libneox.parallel.group import Group
 from libneox.parallel.mesh import Mesh
+from libneox.run_directory import CheckpointRef
 from libneox.tokenizer import Tokenizer
 from neox_train import loop, recompute, speed
 from neox_train.ahead import Ahead
@@ -33,6 +35,7 @@ from neox_train.resume import Start, run_path, stored_config
 from neox_train.saving import Description, Saver
 from neox_train.signals import StopRequest
 from neox_train.state import TrainState
+from neox_train.steps import Engine
 from neox_train.tasks import Tasks
 
 
@@ -84,38 +87,11 @@ def prepare(
     restore(config, engine, start, state)
     run = run_path(config)
     begin_metrics(run, group, state, own=start.own)
-    report = Report(
-        run,
-        active=group.is_first,
-        stdout=stdout,
-        quiet=quiet,
-        log_interval=config.log.log_interval,
-        train_iters=train_iters,
-        flops_per_token=functools.cache(lambda length: model_config.flops_per_token(length).palm),
-        devices=group.world_size,
-        peak_tflops=config.log.peak_theoretical_tflops or measured_tflops(DTYPES[config.compute_precision], device),
-    )
-    for note in splits.notes:
+    report = _report(config, run, group, model_config, device, train_iters, stdout=stdout, quiet=quiet)
+    for note in (*splits.notes, *_notes(config, state, plan, device, kernel=kernel, policy=policy)):
         report.note(note)
     if config.train.checkpoint_validation_with_forward_pass and start.source is not None:
-        stored = (read_trainer(start.source.path) or {}).get("forward_check") if start.source.kind != "hf" else None
-        if stored is None:
-            report.warn(f"{start.source.path}: holds no forward pass to compare with")
-        else:
-            check_forward(engine, stored, DTYPES[config.compute_precision], start.source.path)
-    if policy != recompute.policy_of(config):
-        report.note(f"checkpoint_policy: {policy}, so that it fits the memory of the device")
-    if kernel:
-        report.note(f"attention_kernel: {kernel}")
-    if speed.compiles(config, device):
-        report.note("compile: the first step takes the time of a compilation")
-    if state.samples != state.step * plan.global_batch:
-        report.note(f"going on at sample {state.samples} of the order, {plan.global_batch} samples a step from here")
-    unused = only_deepspeed(config) if runs_plain(config, group.world_size) else []
-    if unused:
-        report.note(f"{', '.join(unused)}: the plain engine runs this and does nothing about it")
-    if config.zero_stage == 0 and not runs_plain(config, group.world_size):
-        report.note("ZeRO stage 0 runs as stage 1: the same numbers")
+        _check_forward(config, engine, start.source, report)
 
     def batches(samples: SampleSet | None) -> Batches | None:
         if samples is None or len(samples) == 0:
@@ -157,6 +133,62 @@ def prepare(
         tokenizer,
         tasks=tasks_of(config, run, group, device, stop, mark, report) if config.train.eval_tasks else None,
     )
+
+
+def _report(
+    config: NeoxConfig,
+    run: Path,
+    group: Group,
+    model: ModelConfig,
+    device: torch.device,
+    train_iters: int,
+    *,
+    stdout: int | None,
+    quiet: bool,
+) -> Report:
+    return Report(
+        run,
+        active=group.is_first,
+        stdout=stdout,
+        quiet=quiet,
+        log_interval=config.log.log_interval,
+        train_iters=train_iters,
+        flops_per_token=functools.cache(lambda length: model.flops_per_token(length).palm),
+        devices=group.world_size,
+        peak_tflops=config.log.peak_theoretical_tflops or measured_tflops(DTYPES[config.compute_precision], device),
+    )
+
+
+def _notes(
+    config: NeoxConfig, state: TrainState, plan: BatchPlan, device: torch.device, *, kernel: str, policy: str
+) -> Iterator[str]:
+    """What was chosen for the user."""
+    if policy != recompute.policy_of(config):
+        yield f"checkpoint_policy: {policy}, so that it fits the memory of the device"
+    if kernel:
+        yield f"attention_kernel: {kernel}"
+    if speed.compiles(config, device):
+        yield "compile: the first step takes the time of a compilation"
+    if state.samples != state.step * plan.global_batch:
+        yield f"going on at sample {state.samples} of the order, {plan.global_batch} samples a step from here"
+    world = plan.data_parallel * config.tensor_parallel * config.pipeline_stages
+    if not runs_plain(config, world):
+        if config.zero_stage == 0:
+            yield "ZeRO stage 0 runs as stage 1: the same numbers"
+        return
+    unused = only_deepspeed(config)
+    if world == 1:  # how ZeRO moves partitions is no loss where there are none
+        unused = [name for name in unused if not name.startswith("zero_optimization.") or "offload" in name]
+    if unused:
+        yield f"{', '.join(unused)}: the plain engine runs this and does nothing about it"
+
+
+def _check_forward(config: NeoxConfig, engine: Engine, source: CheckpointRef, report: Report) -> None:
+    stored = (read_trainer(source.path) or {}).get("forward_check") if source.kind != "hf" else None
+    if stored is None:
+        report.warn(f"{source.path}: holds no forward pass to compare with")
+    else:
+        check_forward(engine, stored, DTYPES[config.compute_precision], source.path)
 
 
 def tasks_of(

@@ -56,6 +56,19 @@ class StopRequest:
             os.write(2, message.encode())
 
 
+@contextlib.contextmanager
+def sparing_children() -> Iterator[None]:
+    """Processes started in here outlive signals sent to the whole group (Ctrl-C, schedulers): they inherit the mask.
+
+    The signals themselves reach this process when it is left, if no other thread has taken them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stdout_line(fd: int | None, text: str) -> int | None:
     """Write a line to a descriptor; None once its reader is gone, which must not end a run."""
     if fd is None:

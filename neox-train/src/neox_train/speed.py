@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import shutil
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from libneox.model import Transformer, loss, products
 from libneox.model.transformer import Block
 from libneox.model_config import ModelConfig
 from neox_train.observers import Observer
+from neox_train.signals import sparing_children
 
 COMPILE_FROM = {"cuda": 200, "cpu": 2000}  # steps that repay the seconds of a compilation
 COLLECT_EVERY = 1000
@@ -111,11 +114,17 @@ def compile_blocks(model: Transformer) -> None:
 
     Whole models take minutes, and do not compile together with the loss in bfloat16 on a CPU.
     """
-    # random numbers as in eager mode: dropout is the same either way
     for module in model.modules():
         if isinstance(module, Block):
-            forward = torch.compile(module.forward, dynamic=False, options={"fallback_random": True})
-            module.forward = forward  # type: ignore[method-assign]
+            # random numbers as in eager mode: dropout is the same either way
+            compiled = torch.compile(module.forward, dynamic=False, options={"fallback_random": True})
+            module.forward = functools.partial(_without_harm, compiled)  # type: ignore[method-assign]
+
+
+def _without_harm(compiled: Callable[..., torch.Tensor], *args: object, **keywords: object) -> torch.Tensor:
+    """Call it; a run that is asked to stop while the compiler works still takes its step and saves it."""
+    with sparing_children():
+        return compiled(*args, **keywords)
 
 
 def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:

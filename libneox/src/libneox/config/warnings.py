@@ -99,8 +99,6 @@ def _odd(config: NeoxConfig) -> list[str]:
     found = []
     if config.model.gpt_j_tied and not config.model.gpt_j_residual:
         found.append("gpt_j_tied: changes nothing without gpt_j_residual")
-    if (config.parallel.zero_optimization or {}).get("stage") == 0:
-        found.append("zero_optimization.stage: 0 runs as stage 1, which computes the same numbers")
     if config.model.bias_gelu_fusion and config.model.activation != "gelu":
         found.append(f"bias_gelu_fusion: changes nothing with activation {config.model.activation}")
     if config.parallel.sequence_parallel and config.tensor_parallel == 1:

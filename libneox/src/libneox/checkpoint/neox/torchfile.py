@@ -15,6 +15,7 @@ import io
 import mmap
 import pickle
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,7 @@ class TorchFile:
             self._file = path.open("rb")
         except OSError as error:
             raise InputMissing(f"{path}: {error.strerror}") from error
+        weakref.finalize(self, self._file.close)  # its tensors hold on to it, and may be loaded at any time
         try:
             self._zip = zipfile.ZipFile(self._file)
         except (zipfile.BadZipFile, ValueError, OSError) as error:

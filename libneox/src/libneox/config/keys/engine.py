@@ -83,7 +83,7 @@ class Parallel:
     )
     engine: Literal["auto", "deepspeed", "plain"] = key(
         "auto",
-        "plain holds whole states on every rank; auto is plain for one rank at stage 0 and for optimizers that look at "
+        "plain holds whole states on every rank; auto is plain for one rank at stage 0 or 1 and for optimizers that look at "
         "the shape of matrices, else deepspeed. New.",
     )
     fp32_allreduce: bool = key(False, "Reduce gradients in float32.")
