@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,6 +97,17 @@ def command_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
         "PATH": "/usr/bin:/bin",  # no compiler of the environment is needed
     }
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Training sets what is faster for a whole process, and tests share one."""
+    yield
+    if "torch" in sys.modules:
+        from libneox.model import cpu_attention, products
+
+        products.use_onednn(False)
+        cpu_attention.use_tiles(False)
 
 
 Train = Callable[..., Finished]

@@ -14,7 +14,7 @@ import torch
 
 from libneox.config import BatchPlan, load_config
 from libneox.errors import DataError, UsageError
-from libneox.model import Transformer, init_weights, loss, products
+from libneox.model import Transformer, cpu_attention, init_weights, loss, products
 from neox_train import speed
 from neox_train.ahead import Ahead
 from neox_train.recompute import recompute_blocks
@@ -31,21 +31,21 @@ def config_of(**keys: Any) -> Any:
     return load_config([SHAPE | keys])
 
 
-@pytest.fixture(autouse=True)
-def process_as_before() -> Iterator[None]:
-    yield
-    products.use_onednn(False)
-
-
 def test_same_run_without_any(config: Callable[..., Path], train: Callable[..., Any], losses: Any, tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Everything on, beside everything off."""
     monkeypatch.setattr(products, "LEAST_WEIGHT", 1)
     fast, plain = tmp_path / "fast", tmp_path / "plain"
-    shared = {"zero_optimization": {"stage": 0}, "attention_dropout": 0.1}
-    train(config("fast.yml", save=str(fast), **shared, cpu_products="onednn", attention_kernel="flash"))
+    shared = {"zero_optimization": {"stage": 0}, "hidden_dropout": 0.1}
+    tiles: list[int] = []
+    attention = cpu_attention.attention
+    monkeypatch.setattr(cpu_attention, "attention", lambda *a: tiles.append(1) or attention(*a))
+    train(config("fast.yml", save=str(fast), **shared, cpu_products="onednn"))
+    assert tiles
+    tiles.clear()
     assert gc.isenabled()
     train(config("plain.yml", save=str(plain), **shared, **OFF))
+    assert not tiles
     assert losses(fast) == pytest.approx(losses(plain), rel=1e-5)
 
 

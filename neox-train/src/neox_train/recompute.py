@@ -119,6 +119,5 @@ def _kept() -> list[torch._ops.OpOverload]:
     aten = torch.ops.aten
     attention = [getattr(aten, f"_scaled_dot_product_{name}", None) for name in (
         "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]  # fmt: skip
-    return [aten.mm.default, aten.addmm.default, torch.ops.neox.linear.default] + [
-        operator.default for operator in attention if operator is not None
-    ]
+    kept = [aten.mm, aten.addmm, torch.ops.neox.linear, torch.ops.neox.causal_attention, *filter(None, attention)]
+    return [operator.default for operator in kept]

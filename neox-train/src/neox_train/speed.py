@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libneox.config import NeoxConfig
 from libneox.errors import UsageError
-from libneox.model import Transformer, loss, products
+from libneox.model import Transformer, cpu_attention, loss, products
 from libneox.model.transformer import Block
 from libneox.model_config import ModelConfig
 from neox_train.observers import Observer
@@ -128,19 +128,21 @@ def _without_harm(compiled: Callable[..., torch.Tensor], *args: object, **keywor
 
 
 def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Set the kernel of attention that is tried first; returns its name, "" where torch chooses.
+    """Set the kernel of attention that is tried first; returns its name if a trial found it, else "".
 
     Args:
         batch: sequences of a micro-batch.
     """
-    asked = config.speed.attention_kernel
+    asked, trial = config.speed.attention_kernel, ""
+    if asked == "tiles" and device.type != "cpu":
+        raise UsageError("attention_kernel: tiles are for CPUs; set attention_kernel: auto")
+    cpu_attention.use_tiles(device.type == "cpu" and asked in ("auto", "tiles"))
     if asked == "auto" and device.type == "cuda":
-        asked = fastest_kernel(model, batch, dtype, device)
-    if asked in ("auto", "torch"):
-        return ""
-    rest = [kernel for name, kernel in KERNELS.items() if name != asked]
-    sdpa_kernel([KERNELS[asked], *rest], set_priority=True).__enter__()  # for the rest of the process
-    return asked
+        asked = trial = fastest_kernel(model, batch, dtype, device)
+    if asked in KERNELS:
+        rest = [kernel for name, kernel in KERNELS.items() if name != asked]
+        sdpa_kernel([KERNELS[asked], *rest], set_priority=True).__enter__()  # for the rest of the process
+    return trial
 
 
 def fastest_kernel(model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from libneox.errors import InputMissing, UsageError
+from libneox.model import cpu_attention
 
 Backend = Literal["sdpa", "flash", "flex", "reference"]
 BACKENDS = ("sdpa", "flash", "flex", "reference")
@@ -150,6 +151,8 @@ def attend(
     """
     if pattern.backend == "flash":
         return _flash(q_BTNH, k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), pattern, scale, dropout)
+    if pattern == Pattern() and cpu_attention.takes(q_BTNH, k_BKSH, dropout):
+        return cpu_attention.attention(q_BTNH, k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), scale)
     q_BNTH = q_BTNH.transpose(1, 2)
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     if pattern.backend == "flex":

@@ -83,8 +83,8 @@ class Parallel:
     )
     engine: Literal["auto", "deepspeed", "plain"] = key(
         "auto",
-        "plain holds whole states on every rank; auto is plain for one rank at stage 0 or 1 and for optimizers that look at "
-        "the shape of matrices, else deepspeed. New.",
+        "plain holds whole states on every rank; auto is plain for one rank at stage 0 or 1 and for optimizers that "
+        "look at the shape of matrices, else deepspeed. New.",
     )
     fp32_allreduce: bool = key(False, "Reduce gradients in float32.")
     distributed_backend: str = ignored(

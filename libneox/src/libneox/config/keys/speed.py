@@ -28,9 +28,9 @@ class Speed:
     keep_host_memory: bool = key(
         True, "On a CPU the process keeps freed memory for itself: to ask for it again costs up to a third of a step."
     )
-    attention_kernel: Literal["auto", "torch", "cudnn", "flash", "efficient", "math"] = key(
+    attention_kernel: Literal["auto", "torch", "tiles", "cudnn", "flash", "efficient", "math"] = key(
         "auto",
-        "Kernel of attention (SDPA). auto: the fastest of a timed trial on a GPU; torch: what torch chooses.",
+        "Kernel of attention. auto: the fastest of a timed trial on a GPU, tiles on a CPU; torch: what SDPA chooses.",
     )
     freeze_gc: bool = key(
         True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
