@@ -13,14 +13,16 @@ a vocabulary entry of a chunked cross-entropy, and 28 bytes a parameter of AdamW
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from libneox.model import products
+from libneox.model import cpu_attention, products
 from libneox.model_config import ModelConfig
 from neox_train.report import measured_tflops
 
@@ -99,12 +101,19 @@ def _attention(model: ModelConfig, batch: int, length: int, dtype: torch.dtype, 
     q, k, v = random(model.num_heads), random(model.num_kv_heads), random(model.num_kv_heads)
     grouped = model.num_heads != model.num_kv_heads
 
-    def work() -> None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    def by_torch() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+    def by_tiles() -> Tensor:
+        return cpu_attention.attention(*(x.transpose(1, 2) for x in (q, k, v)), model.head_dim**-0.5)
+
+    def work(way: Callable[[], Tensor]) -> None:
+        out = way()
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
+    ways = [by_torch] if device.type != "cpu" else [by_torch, by_tiles]
     forward = 4 * batch * model.num_heads * length * length * model.head_dim / 2  # half of it is masked
-    return 3 * forward / best_of(work, device)
+    return 3 * forward / min(best_of(functools.partial(work, way), device) for way in ways)
 
 
 def _copy(device: torch.device) -> float:

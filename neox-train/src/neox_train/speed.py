@@ -11,10 +11,12 @@ import contextlib
 import ctypes
 import functools
 import gc
+import mmap
 import os
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from neox_train.signals import sparing_children
 
 COMPILE_FROM = {"cuda": 200, "cpu": 2000}  # steps that repay the seconds of a compilation
 COLLECT_EVERY = 1000
+HUGE_PAGE = 2 << 20
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -58,7 +61,28 @@ def keep_host_memory() -> bool:
     at once. What is kept can be in pieces: the peak of the process may be a little higher.
     """
     # one arena, since those of other threads (autograd's is one) are too small for large blocks
-    return _mallopt(arena_max=1, mmap_max=0, trim_threshold=2**31 - 1)
+    return _mallopt(arena_max=1, mmap_max=0, trim_threshold=2**31 - 1) and _grow_in_huge_pages()
+
+
+def _grow_in_huge_pages() -> bool:
+    """Have the heap grow in pages of 2 MB, where Linux leaves that to programs; returns whether it agreed.
+
+    A step goes through gigabytes, and in pages of 4 KB spends a sixth of its time looking up addresses. What is
+    reserved here and given back at once is address space; a page gets memory when it is first written to.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
+            return False  # where address space counts as memory
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, size = ctypes.c_void_p, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2
+        block = libc.malloc(ctypes.c_size_t(size))
+        if block:
+            begin = -(-block // HUGE_PAGE) * HUGE_PAGE
+            span = ctypes.c_size_t(block + size - begin)
+            agreed = libc.madvise(ctypes.c_void_p(begin), span, mmap.MADV_HUGEPAGE) == 0
+            libc.free(ctypes.c_void_p(block))
+            return agreed
+    return False
 
 
 def release_host_memory() -> bool:

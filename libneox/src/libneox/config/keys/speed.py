@@ -26,7 +26,9 @@ class Speed:
         minimum=0,
     )
     keep_host_memory: bool = key(
-        True, "On a CPU the process keeps freed memory for itself: to ask for it again costs up to a third of a step."
+        True,
+        "On a CPU the process keeps freed memory for itself, in huge pages if it can: to ask for it again costs up to "
+        "a third of a step.",
     )
     attention_kernel: Literal["auto", "torch", "tiles", "cudnn", "flash", "efficient", "math"] = key(
         "auto",
