@@ -83,6 +83,12 @@ def test_wsd(shape: str, middle: float) -> None:
     assert [schedule.lr_at(k) for k in (10, 50, 80, 90, 100)] == pytest.approx([1, 1, 1, middle, 0.1])
 
 
+@pytest.mark.parametrize("style", ["cosine", "linear", "exponential", "constant", "wsd", "inverse_sqrt"])
+def test_a_horizon_of_no_steps(style: str) -> None:
+    schedule = make(style, horizon=0, warmup=0.0)
+    assert 0.1 <= schedule.lr_at(0) == schedule.lr_at(5) <= 1.0
+
+
 def test_inverse_sqrt() -> None:
     schedule = make("inverse_sqrt", horizon=10_000, warmup=100.0, min_lr=0.0)
     assert [schedule.lr_at(k) for k in (100, 400, 10_000)] == pytest.approx([1, 0.5, 0.1])

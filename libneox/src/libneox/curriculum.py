@@ -83,13 +83,13 @@ def curriculum_of(config: NeoxConfig) -> Curriculum | None:
     if kind != "seqlen":
         raise UsageError(f"{_KEY}.curriculum_type: {kind!r} is none; the length of samples grows: seqlen")
     schedule, given = section.get("schedule_type"), section.get("schedule_config") or {}
-    if schedule not in _CONFIG:
+    if not isinstance(schedule, str) or schedule not in _CONFIG:
         raise UsageError(f"{_KEY}.schedule_type: {schedule!r} is none of {', '.join(_CONFIG)}")
     names = _CONFIG[schedule]
     if not isinstance(given, dict) or set(given) != set(names):
         raise UsageError(f"{_KEY}.schedule_config: {schedule} takes {', '.join(names)}, and all of them")
     first, last = _whole(section, "min_difficulty"), _whole(section, "max_difficulty")
-    seq_length = config.model.seq_length or config.model.max_position_embeddings
+    seq_length = config.seq_length
     if first > last or (seq_length is not None and last > seq_length):
         raise UsageError(
             f"{_KEY}.max_difficulty: {last} tokens is not between min_difficulty {first} and seq_length {seq_length}"

@@ -59,7 +59,7 @@ class Schedule:
     def _stable_then_decayed(self, k: float) -> float:
         """lr until the last `wsd_decay_fraction` of the horizon, then down to min_lr (Hu et al. 2024, MiniCPM)."""
         length = self.horizon * self.wsd_decay_fraction
-        past = min(1.0, max(0.0, (k - (self.horizon - length)) / length))
+        past = min(1.0, max(0.0, (k - (self.horizon - length)) / length)) if length > 0 else 1.0
         if self.wsd_decay_style == "cosine":
             left = (1 + math.cos(math.pi * past)) / 2
         elif self.wsd_decay_style == "sqrt":

@@ -18,7 +18,8 @@ VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2.5, 1e400, float("nan"), 10**30, "", "x", "1", "no", "\x00", "é" * 50,
     [], [1], ["a"], [[]], [1, [2]], [[["global"], "all"]], [[["a"], -1]], [[[], 3]],
     {}, {"a": 1}, {"enabled": True}, {"type": None}, {"type": "adam", "params": None}, {"stage": "2"},
-    {"type": "yarn", "factor": "2"},
+    {"type": "yarn", "factor": "2"}, {"type": []}, {"enabled": 1}, {"enabled": True, "schedule_type": []},
+    [[[["global"]], "all"]], {"type": "lion", "params": {"betas": [0.9]}}, {"params": 0.1},
 ]  # fmt: skip
 DATA = {"data_path": "data/text"}  # without it, all would be refused for that alone
 NOISE = ["", "\n", ":", "{", "- ", "&a ", "*a", "\t", "!!x ", "'", "9"]

@@ -100,6 +100,7 @@ def test_overrides_reach_into_sections(load_text: Load, error_of: Error) -> None
     assert load_text("save: x", "save=").train.save is None
     assert "--set sed: is not a key; did you mean seed?" in error_of("", "sed=3")
     assert "has no value" in error_of("", "seed")
+    assert "has no key" in error_of("", "=3")
     assert "--set seed.x: seed is no mapping" in error_of("seed: 1", "seed.x=3")
 
 

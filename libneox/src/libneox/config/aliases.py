@@ -66,7 +66,8 @@ def llama_mlp(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     gated = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
     activation = values.get("activation") or "gelu"
-    keys: dict[str, Any] = {"activation": gated.get(activation, activation), "use_bias_in_mlp": False}
+    known = gated.get(activation, activation) if isinstance(activation, str) else activation
+    keys: dict[str, Any] = {"activation": known, "use_bias_in_mlp": False}
     hidden, width = values.get("hidden_size"), values.get("intermediate_size")
     if isinstance(width, int):
         keys["ffn_hidden_size"] = width

@@ -93,7 +93,7 @@ class _Resolve:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
             if getattr(model, name) is None:
                 self.bad(name, "is required")
-        length = model.seq_length or model.max_position_embeddings
+        length = self.config.seq_length
         if length is not None and model.max_position_embeddings is not None and length > model.max_position_embeddings:
             self.bad("seq_length", f"is {length}, more than max_position_embeddings {model.max_position_embeddings}")
         stages = self.config.pipeline_stages
@@ -193,7 +193,7 @@ class _Resolve:
             return None
         names = {"linear", "ntk", "yarn", "llama3"}
         kind = section.get("type", section.get("rope_type"))
-        if kind not in names:
+        if not isinstance(kind, str) or kind not in names:
             self.bad("rope_scaling.type", f"expected one of linear, ntk, yarn, llama3, found {kind!r}")
             return None
         for name, value in section.items():
@@ -291,8 +291,10 @@ def _repeat(item: Any, layers: int) -> list[str]:
     if not (isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], list | tuple) and item[0]):
         raise _Unresolved
     kinds, count = item
+    if not all(isinstance(kind, str) for kind in kinds):
+        raise _Unresolved
     if count == "all":
         return [kinds[i % len(kinds)] for i in range(layers)]
-    if isinstance(count, bool) or not isinstance(count, int) or not all(isinstance(kind, str) for kind in kinds):
+    if isinstance(count, bool) or not isinstance(count, int):
         raise _Unresolved
     return list(kinds) * count

@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # type to the arguments it takes
 MUP_OPTIMIZERS = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "sgd", "lion", "sm3")  # muP says how rates scale
 _ONEBIT = "is 1-bit Adam, which DeepSpeed dropped after version 0.19.6; use adam"
 _PAIRS = ("train", "valid", "test")
+_NUMBERS = ("lr", "momentum", "dampening", "beta", "beta2_decay", "eps", "d", "ns_steps", "adam_lr")
 
 
 def check_values(config: NeoxConfig, problems: Problems) -> None:
@@ -99,10 +100,15 @@ class _Check:
                 self.bad(key, f"is no argument of the optimizer; {remedies[name]}")
             elif name not in known:
                 self.bad(key, f"is no argument of {kind}{suggestion(name, known) or '; it takes ' + ', '.join(known)}")
-            elif name in ("lr", "momentum", "beta", "eps", "adam_lr") and not _is_number(value):
+            elif kind == "adafactor" and name == "eps":
+                if not _is_pair(value, first_may_be_none=True):
+                    self.bad(key, f"expected two numbers, the first or null, such as [null, 0.001], found {value!r}")
+            elif name in _NUMBERS and not _is_number(value):
                 self.bad(key, f"expected a number, found {value!r}")
-            elif name == "betas" and not (isinstance(value, list | tuple) and all(map(_is_number, value))):
+            elif name == "betas" and not _is_pair(value):
                 self.bad(key, f"expected two numbers such as [0.9, 0.95], found {value!r}")
+            elif name in ("bias_correction", "fp32_optimizer_states") and value is not True:
+                self.bad(key, "is always true here; remove it")
         if _is_number(params.get("lr")) and params["lr"] < 0:
             self.bad("optimizer.params.lr", f"is {params['lr']}; it must be at least 0")
 
@@ -208,6 +214,12 @@ class _Check:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any, *, first_may_be_none: bool = False) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return _is_number(value[1]) and (_is_number(value[0]) or (first_may_be_none and value[0] is None))
 
 
 def _is_share(text: str) -> bool:

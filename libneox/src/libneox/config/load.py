@@ -274,8 +274,9 @@ def _apply_overrides(layer: Layer, overrides: Sequence[str] | Mapping[str, Any],
 
 def _split(text: str, problems: Problems) -> tuple[str, Any, str | None]:
     name, equals, written = text.partition("=")
-    if not equals:
-        problems.add(Place(f"--set {text}"), "", "has no value; write --set key=value")
+    if not equals or not name.partition(".")[0].strip():
+        lacks = "key" if equals else "value"
+        problems.add(Place(f"--set {text}"), "", f"has no {lacks}; write --set key=value")
         return "", None, None
     scratch = Problems()
     value, _ = read_value(written, f"--set {name}", scratch)
@@ -323,7 +324,7 @@ def _settle_precision(values: dict[str, Any], layer: Layer, problems: Problems) 
         if enabled is None:
             continue
         place = layer.places.get((section, "enabled")) or layer.places.get((section,))
-        if enabled not in (True, False):
+        if not isinstance(enabled, bool):
             problems.add(place, f"{section}.enabled", f"expected true or false, found {enabled!r}")
         elif enabled and (values.get("precision") or name) != name:
             problems.add(place, section, f"is enabled but precision is {values['precision']}; keep one of them")

@@ -154,7 +154,7 @@ def _check_requirements(config: NeoxConfig, problems: Problems) -> None:
     if batch.train_batch_size is None and batch.train_micro_batch_size_per_gpu is None:
         problems.add(None, "train_micro_batch_size_per_gpu", "is unknown; set it, or train_batch_size")
     data = config.data
-    if data.data_path is None and not data.train_data_paths and not data.pos_train_data_paths:
+    if not (data.data_path or data.train_data_paths or data.pos_train_data_paths):
         problems.add(None, "data_path", "is unknown; set it, or train_data_paths, to the prefix of a dataset")
 
 

@@ -131,6 +131,11 @@ class NeoxConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def seq_length(self) -> int | None:
+        """Tokens of a training sample: as many as the model is made for, if nothing is said."""
+        return self.model.seq_length or self.model.max_position_embeddings
+
+    @property
     def tensor_parallel(self) -> int:
         """Tensor-parallel ranks, at least 1."""
         return max(1, self.parallel.model_parallel_size)
@@ -168,7 +173,8 @@ class NeoxConfig:
     @property
     def optimizer_params(self) -> dict[str, Any]:
         """The optimiser's arguments, `lr` and Adam's betas and eps always among them, weight decay never."""
-        params = dict((self.optim.optimizer or {}).get("params") or {})
+        given = (self.optim.optimizer or {}).get("params")
+        params = dict(given) if isinstance(given, dict) else {}  # else refused, by `checks`
         if self.optimizer_type in ("adam", "adamw", "cpu_adam", "cpu_torch_adam"):
             params = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8} | params
         return params

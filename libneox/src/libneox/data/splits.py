@@ -107,7 +107,7 @@ class DataSpec:
         pairwise = config.get("dataset_impl") == "pairwise"
         sources = {name: found for name in NAMES if (found := _sources(config, name, pairwise)) is not None}
         return cls(
-            seq_length=config.get("seq_length"),
+            seq_length=config.seq_length or 0,
             seed=config.get("seed"),
             data_path=config.get("data_path"),
             split=str(config.get("split")),

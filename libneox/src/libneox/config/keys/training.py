@@ -61,7 +61,9 @@ class Train:
         104857600, "Bytes of one part of an upload to s3:// or gs://; S3 takes 5 MiB and more.", minimum=5 * 2**20
     )
     load: str | None = key(None, "Checkpoint, run directory or address (see s3_path) to begin from.")
-    iteration: int | None = key(None, "Load this step instead of the newest.", minimum=0)
+    iteration: int | None = key(
+        None, "Load this step instead of the newest; if it is one of the run's own, go back to it.", minimum=0
+    )
     finetune: bool = key(False, "Load the weights alone and start at step 0.")
     no_load_optim: bool = key(False, "Start with a fresh optimiser.")
     no_load_rng: bool = key(False, "Continue with other random numbers than the checkpoint's run would have used.")
