@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +157,40 @@ def test_an_existing_step_is_kept_without_force(tmp_path: Path) -> None:
     temporary = rd.begin_step(tmp_path / "step_1", force=True)
     rd.commit_step(temporary, tmp_path / "step_1", rd.Manifest(step=1))
     assert rd.verify_step(tmp_path / "step_1").files == {}
+
+
+@pytest.mark.parametrize("name", ["model", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    make_step(tmp_path, 1)
+    make_step(tmp_path, 2)
+
+    def bad_sector(read: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(path: Path, *rest: Any) -> Any:
+            if path == tmp_path / "step_2" / name:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(path, *rest)
+
+        return fail
+
+    monkeypatch.setattr(rd, "sha256_file", bad_sector(rd.sha256_file))
+    monkeypatch.setattr(Path, "read_bytes", bad_sector(Path.read_bytes))
+    told: list[str] = []
+    found = rd.newest_verified(tmp_path, warn=told.append)
+    assert found is not None
+    assert found.step == 1
+    assert f"step_2/{name}: Input/output error" in told[0]
+
+
+def test_steps_set_aside_are_no_steps_of_the_run(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_step(tmp_path, step)
+    moved = rd.set_aside(tmp_path, 1)
+    assert [path.name.partition("-")[0] for path in moved] == ["step_2.aside", "step_3.aside"]
+    assert rd.list_steps(tmp_path) == [1]
+    assert (tmp_path / "latest").readlink() == Path("step_1")
+    assert rd.remove_unfinished(tmp_path) == []
+    assert all(rd.verify_step(path) for path in moved)  # nothing of them is lost
+    assert rd.set_aside(tmp_path, 1) == []
 
 
 def test_prune_keeps_the_newest_and_what_is_protected(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ class Manifest:
             raw = path.read_bytes()
         except FileNotFoundError as error:
             raise IntegrityError(f"{step_dir}: no {MANIFEST}; the checkpoint was never finished") from error
+        except OSError as error:
+            raise IntegrityError(f"{path}: {error.strerror}; use another step") from error
         try:
             body = json.loads(raw)
             body.pop("sha256")
@@ -173,11 +175,18 @@ def verify_step(step_dir: str | os.PathLike[str]) -> Manifest:
         if found != record.bytes:
             raise IntegrityError(f"{step_dir / name}: {found} bytes, the manifest says {record.bytes}; it is damaged")
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashlib lets go of the GIL
-        digests = pool.map(lambda name: sha256_file(step_dir / name), manifest.files)
+        digests = pool.map(lambda name: _digest(step_dir / name), manifest.files)
         for (name, record), digest in zip(manifest.files.items(), digests, strict=True):
             if digest != record.sha256:
                 raise IntegrityError(f"{step_dir / name}: sha256 differs from the manifest's; the file is damaged")
     return manifest
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:  # a bad sector, say
+        raise IntegrityError(f"{path}: {error.strerror}; the checkpoint is damaged") from error
 
 
 def newest_verified(run: str | os.PathLike[str], *, warn: Warn | None = None) -> CheckpointRef | None:
@@ -357,6 +366,22 @@ def prune(run: str | os.PathLike[str], keep_last: int, *, protect: Iterable[int]
         path.rename(gone)  # at once out of every reader's sight
         shutil.rmtree(gone, ignore_errors=True)
     return doomed
+
+
+def set_aside(run: str | os.PathLike[str], after: int) -> list[Path]:
+    """Rename the steps behind `after`, for a run that goes on from there: no reader takes them for its own any more.
+
+    Returns:
+        Their new paths.
+    """
+    moved = []
+    for step in list_steps(run):
+        if step > after:
+            path = step_path(run, step)
+            moved.append(path.rename(path.with_name(f"{path.name}.aside-{secrets.token_hex(4)}")))
+    if moved:
+        point_latest(step_path(run, after))
+    return moved
 
 
 # --- one trainer at a time, and how it ended -----------------------------------------------------------------------
