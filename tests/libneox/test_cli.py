@@ -45,8 +45,14 @@ COMMAND = """
                 file.flush()
                 print("writing", file=sys.stderr, flush=True)
                 time.sleep(60)
+        elif what == "chatter":
+            with files.atomic_write(out) as file:
+                file.write(b"half")
+                os.system("echo chatter of a child")
         elif what == "memory":
             raise MemoryError
+        elif what == "memory of torch":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\\nmore")
         elif what == "bug":
             raise ValueError("oh")
         elif what == "full":
@@ -109,6 +115,8 @@ def test_an_error_is_one_line_and_its_exit_code(script: Path, name: str, code: i
 
 def test_other_failures(script: Path, tmp_path: Path) -> None:
     assert run(script, "memory").returncode == 71
+    torchs = run(script, "memory of torch")
+    assert (torchs.returncode, torchs.stderr.count("\n")) == (71, 1)
     assert run(script, "full").returncode == 74
     missing = run(script, "missing", "--out", str(tmp_path))
     assert missing.returncode == 66
@@ -193,3 +201,21 @@ def test_options_that_commands_share() -> None:
     flat(command)(first="a", size=5)
     flat(command)(first="b", last=True, name="n")
     assert seen == [("a", False, Shared(5)), ("b", True, Shared(3, "n"))]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_a_closed_stderr_is_as_good_as_none(script: Path, tmp_path: Path, closed: str) -> None:
+    """Neither is its number given to a file, nor do its lines go to stdout, nor is stdout taken for closed."""
+    line = f"{sys.executable} {script}"
+    done = subprocess.run(["bash", "-c", f"{line} print {closed}"], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"data\n")
+    done = subprocess.run(["bash", "-c", f"{line} DataError {closed}"], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (65, b"")
+
+
+def test_a_closed_stdout_does_not_give_its_number_to_a_file(script: Path, tmp_path: Path) -> None:
+    line = f"{sys.executable} {script} chatter --out {tmp_path}/file >&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b"half"
+    assert "chatter of a child" in done.stderr

@@ -57,8 +57,17 @@ def test_a_tail_of_something_else_is_an_error(form: str, tail: bytes) -> None:
         read(data + tail)
 
 
-def test_gzip_may_be_padded_with_zeros() -> None:
-    assert read(gzip.compress(TEXT) + bytes(1000)) == TEXT
+@pytest.mark.parametrize("form", ["gzip", "xz"])
+def test_some_may_be_padded_with_zeros(form: str) -> None:
+    assert read(FORMS[form](TEXT) + bytes(1000)) == TEXT
+    with pytest.raises(DataError, match="something else follows"):
+        read(FORMS[form](TEXT) + bytes(1000) + b"x")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_data(form: str) -> None:
+    assert read(FORMS[form](b"")) == b""
+    assert read(FORMS[form](TEXT) + FORMS[form](b"")) == TEXT
 
 
 def test_skippable_frames_are_skipped() -> None:

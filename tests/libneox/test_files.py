@@ -32,8 +32,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["a"]
 
 
-def test_names_at_the_length_limit(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 255)
+@pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127, "x" + "\u65e5" * 84])
+def test_names_at_the_length_limit(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     with files.atomic_write(path) as file:
         file.write(b"x")
     assert path.read_bytes() == b"x"
@@ -52,6 +53,8 @@ def test_check_output(tmp_path: Path) -> None:
         files.check_output(path / "b")
     with pytest.raises(OutputExists, match="is a directory"):
         files.check_output(tmp_path, force=True)
+    with pytest.raises(OutputExists, match="no regular file"):
+        files.check_output("/dev/null", force=True)
 
 
 def test_open_input(tmp_path: Path) -> None:

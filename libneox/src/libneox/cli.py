@@ -48,6 +48,7 @@ def run(prog: str, default: Command, verbs: Mapping[str, Command] | None = None)
         command, name = verbs[argv[0]], f"{prog} {argv[0]}"
         argv = argv[1:]
     debug = "--debug" in argv
+    _open_stderr()
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         _typer_command(prog, name, command, verbs if command is default else {})(argv, name)
@@ -195,6 +196,18 @@ def _wrap(prog: str, command: Command) -> Command:
     return wrapper
 
 
+def _open_stderr() -> None:
+    """Make a stderr that the caller closed /dev/null: its number must not fall to a file, nor its lines to stdout."""
+    try:
+        os.fstat(2)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != 2:
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - for as long as the process lives
+
+
 def _private_stdout() -> BinaryIO:
     """Move stdout to a private descriptor and point descriptor 1 at stderr.
 
@@ -202,9 +215,11 @@ def _private_stdout() -> BinaryIO:
     """
     try:
         private = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)  # never 0, which may be closed and then means stdin
-        os.dup2(2, 1)
     except OSError:  # closed by the caller: data has nowhere to go, errors say so when it is written
-        private = os.open(os.devnull, os.O_RDONLY)
+        nowhere = os.open(os.devnull, os.O_RDONLY)
+        private = fcntl.fcntl(nowhere, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(nowhere)
+    os.dup2(2, 1)
     return os.fdopen(private, "wb")
 
 
@@ -229,8 +244,9 @@ def _exit_code(prog: str, error: BaseException, debug: bool) -> int:
 def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, NeoxError):
         return error.exit_code, str(error)
-    if isinstance(error, MemoryError):
-        return 71, f"out of memory ({error}); use a smaller batch or fewer workers" if str(error) else "out of memory"
+    if _is_out_of_memory(error):
+        first = str(error).split("\n", 1)[0]
+        return 71, f"out of memory ({first}); use a smaller batch or fewer workers" if first else "out of memory"
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return InputMissing.exit_code, f"{os.fsdecode(error.filename or '?')}: {error.strerror}"
     if isinstance(error, PermissionError):
@@ -240,6 +256,12 @@ def _describe(error: BaseException) -> tuple[int, str]:
         remedy = "; free some space and run the command again" if error.errno == errno.ENOSPC else ""
         return 74, f"{where}{error.strerror or error}{remedy}"
     return 1, f"internal error: {type(error).__name__}: {error}; this is a bug, --debug shows where"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, also by torch's errors: a class that is not imported here, and a RuntimeError."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
 
 
 def _die_of_sigpipe() -> int:

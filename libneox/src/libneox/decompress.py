@@ -20,12 +20,12 @@ MAX_WINDOW, MAX_LONG_WINDOW = 1 << 27, 1 << 31
 
 MAGIC = {"zstd": b"\x28\xb5\x2f\xfd", "gzip": b"\x1f\x8b\x08", "xz": b"\xfd7zXZ\x00"}
 SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a skippable zstd frame, behind 0x50 to 0x5f
-BZIP2_BLOCK = b"1AY&SY"  # behind BZh and a digit; three letters alone may be text
+PADDED = "gzip", "xz"  # may be followed by zeros: on tapes and in block devices, and by xz's own rules
+BZIP2_MARKS = b"1AY&SY", b"\x17rE8P\x90"  # of a block and of the end, behind BZh and a digit: three letters may be text
 
 
 def decompressed(source: Lookahead, name: str, *, long_window: bool = False) -> Lookahead:
     """A reader of what is in `source`: `source` itself, or its decompressed bytes if it starts like a known format.
-
 
     Args:
         source: at the start of the data.
@@ -48,7 +48,7 @@ def compression_of(head: bytes, name: str) -> str | None:
     """
     if head[:1] and 0x50 <= head[0] <= 0x5F and head[1:4] == SKIPPABLE:
         return "zstd"
-    if head[:3] == b"BZh" and head[4:10] == BZIP2_BLOCK:
+    if head[:3] == b"BZh" and head[4:10] in BZIP2_MARKS:
         return "bzip2"
     for form, magic in MAGIC.items():
         if head.startswith(magic):
@@ -110,8 +110,8 @@ class Decompressor:
         if self.consumed:
             head = self._input if len(self._input) >= 10 else self._input + self._source.read(10)
             self._input = head
-            if self._form == "gzip" and not head.strip(b"\0"):
-                self.consumed += len(head)  # gzip files may be padded with zeros, on tapes and in block devices
+            if self._form in PADDED and not head.strip(b"\0"):
+                self.consumed += len(head)
                 self._input = b""
                 return
             if compression_of(head[:10], f"{self._name}: at byte {self.consumed}") != self._form:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import os
-import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +34,9 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _open_stdin() -> BinaryIO:
     try:
-        mode = os.fstat(0).st_mode
+        os.fstat(0)
     except OSError as error:
         raise InputMissing("stdin is closed; name a file or pipe something in") from error
-    if stat.S_ISDIR(mode):
-        raise InputMissing("stdin is a directory; name a file or pipe something in")
     if os.isatty(0):
         raise UsageError("no input: stdin is a terminal; name a file, pipe something in, or see --help")
     return io.BufferedReader(io.FileIO(0, "rb", closefd=False), CHUNK_BYTES)
@@ -49,13 +46,15 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Return `path` if a file can be made there; checked before any work is done.
 
     Raises:
-        OutputExists: it exists and `force` is off, or its directory is missing or read-only.
+        OutputExists: it exists and `force` is off, is no regular file, or its directory is missing or read-only.
     """
     path = Path(path)
-    if os.path.lexists(path) and not force:
-        raise OutputExists(f"{path}: exists already; --force replaces it")
     if path.is_dir():
         raise OutputExists(f"{path}: is a directory")
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of /dev/null
+        raise OutputExists(f"{path}: is no regular file; name another")
+    if os.path.lexists(path) and not force:
+        raise OutputExists(f"{path}: exists already; --force replaces it")
     parent = path.parent
     if not parent.is_dir():
         raise OutputExists(f"{parent}: no such directory; make it first")
@@ -68,7 +67,7 @@ def temporary_name(path: str | os.PathLike[str]) -> Path:
     """A name beside `path` for its unfinished self: unique to this process, and recognisable as unfinished."""
     path = Path(path)
     suffix = f".tmp-{os.getpid()}"
-    return path.with_name(path.name[: 255 - len(suffix)] + suffix)
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: 255 - len(suffix)]) + suffix)  # 255 bytes
 
 
 @contextlib.contextmanager

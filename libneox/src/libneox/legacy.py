@@ -45,7 +45,7 @@ def find_step(path: Path) -> Path:
         return path
     latest = path / "latest"
     if latest.is_file():
-        tag = latest.read_text().strip()
+        tag = latest.read_text(errors="replace").strip()
         if "/" not in tag and tag not in ("", "..") and _is_step(path / tag):
             return path / tag
         raise InputMissing(f"{latest}: names {tag!r}, which holds no checkpoint")
