@@ -161,6 +161,14 @@ def test_places_where_nothing_can_be_written(run_command, make_stream, tmp_path:
     assert _names(tmp_path) == {"file"}
 
 
+def test_names_that_no_dataset_can_have(run_command, make_stream, tmp_path: Path) -> None:
+    for out, keys in ((".", ("",)), ("out", ("a/b", "c"))):
+        run = run_command(["neox-shard", "-o", out], input=make_stream(DOCUMENTS, keys=keys), cwd=tmp_path)
+        assert run.returncode == 2, run.stderr
+        assert run.stderr.count(b"\n") == 1
+    assert _names(tmp_path) == set()
+
+
 @pytest.mark.parametrize("name", [b"sp ace", b"new\nline", b"caf\xc3\xa9", b"raw\xff", b"x" * 235])
 def test_unusual_names(run_command, make_stream, tmp_path: Path, name: bytes) -> None:
     out = os.fsdecode(name)

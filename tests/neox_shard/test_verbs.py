@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_cat_of_a_range(make_dataset, read, text: str, expected: tuple[int, int]
     sink = io.BytesIO()
     cat_datasets([one, two], sink, documents=text, tokenizer=None, quiet=True)
     assert _stream(sink.getvalue()) == (read(one) + read(two))[slice(*expected)]
+
+
+def test_ids_are_never_wrapped(make_dataset) -> None:
+    """A stream holds int32 at most; what does not fit is an error, not another id."""
+    wide = make_dataset("w", [[1, 2**32 + 5]], "int64")
+    with pytest.raises(DataError, match="do not fit int32"):
+        cat_datasets([wide], io.BytesIO(), documents=None, tokenizer=None, quiet=True)
+    with pytest.raises(DataError, match="do not fit int32"):
+        merge_datasets([wide], None, io.BytesIO(), **QUIET)
+    sink = io.BytesIO()
+    cat_datasets([make_dataset("v", [[1, 257]], "int64")], sink, documents=None, tokenizer=None, quiet=True)
+    assert _stream(sink.getvalue()) == [[1, 257]]
 
 
 @pytest.mark.parametrize("text", ["5", "a:b", "-1:2", "3:2", "51:52"])
@@ -191,6 +204,18 @@ def test_merge_refuses_what_does_not_belong_together(golden: Path, make_dataset,
         merge_datasets([short, other], tmp_path / "m", NOWHERE, **QUIET)
     with pytest.raises(DataError, match="multimodal"):
         merge_datasets([golden / "data/d_mcore/mc_multimodal"], tmp_path / "m", NOWHERE, **QUIET)
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_merge_loses_no_sequence_behind_the_last_document(make_dataset, tmp_path: Path) -> None:
+    """A writer that did not end its last document left an index that stops before the end."""
+    prefix = make_dataset("a", [[1], [2], [3]], plain=True)
+    index = bytearray(Path(f"{prefix}.idx").read_bytes()[:-8])
+    index[26:34] = (3).to_bytes(8, "little")
+    Path(f"{prefix}.idx").write_bytes(index)
+    _remove_manifest(prefix)
+    with pytest.raises(DataError, match="documents end at sequence 2, but there are 3"):
+        merge_datasets([prefix], tmp_path / "m", NOWHERE, **QUIET)
     assert not list(tmp_path.glob("m*"))
 
 
@@ -372,6 +397,34 @@ def test_split_and_join_are_inverse(run_command, make_dataset, tmp_path: Path) -
     assert run_command(["neox-shard", "join", str(prefix), "-o", str(tmp_path / "b")]).returncode == 0
     assert check_pair(tmp_path / "b").hashed
     assert read_manifest(tmp_path / "b") == read_manifest(prefix)
+
+
+@pytest.mark.parametrize("name", [b"new\nline", b"raw\xff", b"back\\slash"])
+def test_pieces_may_have_unusual_names(make_dataset, name: bytes) -> None:
+    prefix = make_dataset(os.fsdecode(name), _random(50, 2))
+    split_dataset(prefix, None, piece_bytes=100, **QUIET)
+    Path(f"{prefix}.bin").unlink()
+    join_pieces(prefix, None, **QUIET)
+    assert check_pair(prefix).hashed
+
+
+def test_what_split_cannot_write_is_said_before_any_work(make_dataset, tmp_path: Path) -> None:
+    prefix = make_dataset("a", _random(200, 2))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.idx").write_bytes(b"")
+    with pytest.raises(OutputExists, match="a.idx"):
+        split_dataset(prefix, folder, piece_bytes=100, **QUIET)
+    assert [path.name for path in folder.iterdir()] == ["a.idx"]
+    with MMapDataset(make_dataset("b", [[1] * 60_000])) as large, pytest.raises(UsageError, match="120000 pieces"):
+        split_dataset(large.prefix, folder, piece_bytes=1, **QUIET)
+
+
+def test_join_takes_the_name_of_a_file_for_its_prefix(make_dataset, tmp_path: Path) -> None:
+    prefix = make_dataset("a", _random(50, 2))
+    split_dataset(prefix, None, piece_bytes=100, **QUIET)
+    join_pieces(prefix, tmp_path / "b.bin", **QUIET)
+    assert check_pair(tmp_path / "b").hashed
 
 
 def test_split_to_another_folder_takes_everything_along(make_dataset, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from libneox.data.mmap import MMapDataset
+from libneox.data.writer import fitted
 from libneox.errors import DataError, UsageError
 from libneox.progress import Progress
 from libneox.stream import StreamWriter, TokenBatch
@@ -46,7 +47,7 @@ def cat_datasets(
         first = 0
         for data in datasets:
             for values, lengths in blocks(data, max(lo - first, 0), min(max(hi - first, 0), len(data))):
-                writer.write(TokenBatch(np.ascontiguousarray(values, dtype=header.dtype), lengths))
+                writer.write(TokenBatch(fitted(values, np.dtype(header.dtype), data.prefix), lengths))
                 progress.update(len(lengths))
             first += len(data)
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from libneox.data.check import check_documents
 from libneox.data.mmap import MMapDataset
 from libneox.errors import DataError
 from libneox.progress import Progress
@@ -23,13 +24,15 @@ def merge_datasets(prefixes: Sequence[Path], out: Path | None, stdout: BinaryIO,
     """Concatenate datasets in the order given.
 
     Raises:
-        DataError: different dtypes, or multimodal data, whose modes the format that is written has no place for.
+        DataError: different dtypes, documents that do not cover all sequences, or multimodal data, whose modes the
+            format that is written has no place for.
         UsageError: different tokenizers.
     """
     datasets = [MMapDataset(prefix) for prefix in prefixes]
     for data in datasets:
         if data.modes is not None:
             raise DataError(f"{data.prefix}: multimodal, and the modes of its sequences would be lost")
+        check_documents(data)
     total = sum(len(data) for data in datasets)
     with (
         Sink(out, stdout, datasets, force=force) as sink,

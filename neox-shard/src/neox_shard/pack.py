@@ -36,7 +36,7 @@ def pack_streams(
         UsageError: the streams were made by different tokenizers.
         OutputExists: an output exists.
     """
-    check_prefix(out.with_name(out.name), force=True)  # the directory, before anything is read
+    check_prefix(out, force=True)  # the directory, before anything is read
     with ExitStack() as stack:
         readers = _open_all(inputs, stack)
         first = next(readers)
@@ -96,6 +96,8 @@ def _writers(out: Path, header: StreamHeader, force: bool, stack: ExitStack) -> 
     writers: dict[tuple[str, str], DatasetWriter] = {}
     main: Path | None = None
     for key in header.keys:
+        if "/" in key or "\0" in key:
+            raise UsageError(f"key {key!r}: is part of a file's name here, and no file can be called so; rename it")
         base = f"{out.name}_{key}" if key else out.name
         for kind, suffix, dtype in kinds:
             tokens = kind == "tokens"

@@ -20,9 +20,10 @@ from libneox.data.writer import check_prefix
 from libneox.errors import DataError, InputMissing, IntegrityError, UsageError
 from libneox.files import CHUNK_BYTES, atomic_write, check_output, human_bytes, sha256_file
 from libneox.progress import Progress
+from libneox.sums import read_sums, sum_line
 
 PROG = "neox-shard"
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+MOST_PIECES = 100_000  # five digits
 
 
 def split_dataset(prefix: Path, folder: Path | None, *, piece_bytes: int, force: bool, quiet: bool) -> list[Path]:
@@ -33,18 +34,24 @@ def split_dataset(prefix: Path, folder: Path | None, *, piece_bytes: int, force:
 
     Raises:
         OutputExists: one of the files exists.
-        UsageError: no piece size.
+        UsageError: no piece size, or one that makes too many pieces.
     """
     if piece_bytes < 1:
         raise UsageError("--bytes: a piece holds at least one byte")
     with MMapDataset(prefix) as data:
         prefix = data.prefix
     folder = folder or prefix.parent
-    index_path, data_path = pair_paths(prefix)
+    data_path = pair_paths(prefix)[1]
     size = data_path.stat().st_size
     last = max(-(-size // piece_bytes) - 1, 0)
+    if last > MOST_PIECES - 1:
+        raise UsageError(f"--bytes {piece_bytes}: would make {last + 1} pieces, the names count {MOST_PIECES}")
     pieces = [check_output(folder / f"{prefix.name}-{k:05d}-of-{last:05d}.bin", force=force) for k in range(last + 1)]
     sums_path = check_output(folder / f"{prefix.name}.sha256", force=force)
+    companions = _companions(prefix)
+    copies = {}
+    if folder.absolute() != prefix.parent.absolute():
+        copies = {path: check_output(folder / path.name, force=force) for path in companions}
     sums_path.unlink(missing_ok=True)
     whole = hashlib.sha256()
     sums: list[tuple[str, str]] = []
@@ -58,13 +65,13 @@ def split_dataset(prefix: Path, folder: Path | None, *, piece_bytes: int, force:
                     whole.update(chunk)
                     progress.update(len(chunk))
             sums.append((digest.hexdigest(), piece.name))
-    for path in _companions(prefix):
-        if folder.absolute() != prefix.parent.absolute():
-            _copy(path, folder / path.name, force)
+    for path in companions:
+        if path in copies:
+            _copy(path, copies[path])
         sums.append((sha256_file(path), path.name))
     sums.append((whole.hexdigest(), data_path.name))
     with atomic_write(sums_path) as file:
-        file.writelines(f"{digest}  {name}\n".encode() for digest, name in sums)
+        file.writelines(sum_line(digest, name) for digest, name in sums)
     if not quiet:
         warn(PROG, f"{len(pieces)} pieces of {human_bytes(piece_bytes)}, checksums in {sums_path}")
     return pieces
@@ -82,21 +89,23 @@ def join_pieces(prefix: Path, out: Path | None, *, force: bool, quiet: bool) -> 
         DataError: the pieces do not add up to what PREFIX.idx describes.
     """
     prefix = strip_suffix(prefix)
+    out = prefix if out is None else strip_suffix(out)
+    here = out.absolute() == prefix.absolute()
     pieces = find_pieces(prefix)
     index_path, data_path = pair_paths(prefix)
     if not index_path.is_file():
         raise InputMissing(f"{index_path}: missing; the pieces are of no use without it, fetch it too")
-    sums = _read_sums(prefix)
-    here = out is None or out.absolute() == prefix.absolute()
+    sums_path = prefix.with_name(prefix.name + ".sha256")
+    sums = read_sums(sums_path) if sums_path.is_file() else {}
+    target_index, target = pair_paths(out)
     if here:
-        check_output(data_path, force=force)
+        check_output(target, force=force)
     else:
-        check_prefix(out or prefix, force=force)
+        check_prefix(out, force=force)
     for path in _companions(prefix):
         _compare(path, sha256_file(path), sums)
-    target = data_path if here or out is None else pair_paths(out)[1]
     if not here:
-        pair_paths(out or prefix)[0].unlink(missing_ok=True)
+        target_index.unlink(missing_ok=True)
     whole = hashlib.sha256()
     size = sum(piece.stat().st_size for piece in pieces)
     with atomic_write(target) as file, Progress(PROG, "bytes", total=size, quiet=quiet) as progress:
@@ -112,9 +121,9 @@ def join_pieces(prefix: Path, out: Path | None, *, force: bool, quiet: bool) -> 
         _compare(data_path, whole.hexdigest(), sums)
         file.flush()
         _check_fits(index_path, Path(file.name))
-    if not here and out is not None:
+    if not here:
         for path in reversed(_companions(prefix)):  # .idx last
-            _copy(path, out.with_name(out.name + path.name[len(prefix.name) :]), force=True)
+            _copy(path, check_output(out.with_name(out.name + path.name[len(prefix.name) :]), force=True))
     if not quiet:
         checked = "checksums right" if sums else "no PREFIX.sha256 to check them against"
         warn(PROG, f"{target}: {human_bytes(size)} from {len(pieces)} pieces, {checked}")
@@ -162,24 +171,10 @@ def _chunks(source: object, count: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _copy(source: Path, target: Path, force: bool) -> None:
-    check_output(target, force=force)
+def _copy(source: Path, target: Path) -> None:
     with open(source, "rb") as reader, atomic_write(target) as writer:
         for chunk in _chunks(reader, source.stat().st_size):
             writer.write(chunk)
-
-
-def _read_sums(prefix: Path) -> dict[str, str]:
-    path = prefix.with_name(prefix.name + ".sha256")
-    if not path.is_file():
-        return {}
-    sums = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise DataError(f"{path}:{number}: not a line of sha256sum; fetch it again")
-        sums[match[2]] = match[1]
-    return sums
 
 
 def _compare(path: Path, digest: str, sums: dict[str, str]) -> None:

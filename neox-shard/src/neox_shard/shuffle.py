@@ -23,7 +23,7 @@ from libneox.files import CHUNK_BYTES
 from libneox.progress import Progress
 from neox_shard.cat import blocks
 from neox_shard.merge import one_sequence_each
-from neox_shard.sink import BATCH_TOKENS, PROG, Sink
+from neox_shard.sink import PROG, Sink, batches
 
 MOST_BUCKETS = 200  # two open files each
 Array = np.ndarray[Any, Any]
@@ -69,18 +69,6 @@ def ragged(tokens: Array, starts: Array, lengths: Array) -> Array:
     """tokens[starts[0] : starts[0] + lengths[0]], then those of starts[1], and so on, as one array."""
     before = np.cumsum(lengths) - lengths
     return tokens[np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))]
-
-
-def batches(lengths: Array, tokens: int = BATCH_TOKENS) -> list[tuple[int, int]]:
-    """Ranges of documents of about so many tokens each, and at least one document."""
-    ends = np.cumsum(lengths)
-    found, first = [], 0
-    while first < len(lengths):
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + tokens, side="right")))
-        found.append((first, last))
-        first = last
-    return found
 
 
 def _gather(data: MMapDataset, sink: Sink, key: int, progress: Progress) -> None:

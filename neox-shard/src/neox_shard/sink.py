@@ -13,7 +13,7 @@ import numpy as np
 from libneox.cli import refuse_terminal, warn
 from libneox.data.manifest import TokenizerRecord, load_tokenizer_of, read_manifest
 from libneox.data.mmap import MMapDataset
-from libneox.data.writer import DatasetWriter, command_line, describe_command
+from libneox.data.writer import DatasetWriter, command_line, describe_command, fitted
 from libneox.errors import DataError, UsageError
 from libneox.stream import StreamHeader, StreamWriter, TokenBatch
 from libneox.tokenizer import Tokenizer
@@ -79,8 +79,13 @@ class Sink:
             self._dataset.add(values, lengths, documents)
             return
         assert self._stream is not None
-        for part, count in _parts(values, lengths):
-            self._stream.write(TokenBatch(np.ascontiguousarray(part, self.dtype), np.asarray(count, np.int64)))
+        lengths = np.asarray(lengths, np.int64)
+        at = 0
+        for first, last in batches(lengths):
+            size = int(lengths[first:last].sum())
+            ids = fitted(values[at : at + size], self.dtype, self._sources[0].prefix)
+            self._stream.write(TokenBatch(ids, lengths[first:last]))
+            at += size
 
     def commit(self, quiet: bool) -> None:
         """Make the output appear, or end the stream."""
@@ -92,16 +97,16 @@ class Sink:
                 warn(PROG, f"{self._dataset.prefix}: {self.documents:,} documents, {self.tokens:,} tokens")
 
 
-def _parts(values: Array, lengths: Array) -> list[tuple[Array, Array]]:
-    """Cut into batches of about BATCH_TOKENS tokens, at least one document each."""
+def batches(lengths: Array) -> list[tuple[int, int]]:
+    """Ranges of documents of about BATCH_TOKENS tokens each, and at least one document."""
     ends = np.cumsum(lengths)
-    parts, first = [], 0
+    found, first = [], 0
     while first < len(lengths):
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, before + BATCH_TOKENS, side="right")))
-        parts.append((values[before : int(ends[last - 1])], lengths[first:last]))
+        found.append((first, last))
         first = last
-    return parts
+    return found
 
 
 def common_dtype(sources: Sequence[MMapDataset]) -> np.dtype[Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from libneox.data.mmap import MMapDataset
 from libneox.data.writer import DatasetWriter
-from libneox.errors import DataError, InputMissing
+from libneox.errors import DataError, InputMissing, UsageError
 
 NEOX_PAIRS = ["edge_eod", "sample_char", "sample_eod", "sample_gpt2", "sample_hfgpt2", "sample_noeod"]
 LABEL_PAIRS = ["masked_text_document", "masked_label_document", "chat_conversation_label_document"]
@@ -187,3 +187,11 @@ def test_fingerprint_tells_data_apart(make_pair) -> None:
     prints = [MMapDataset(prefix).fingerprint for prefix in (one, same, other, split)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("path", [".", "/", ""])
+def test_a_path_without_a_name_is_no_dataset(path: str) -> None:
+    with pytest.raises(UsageError, match="no name of a dataset"):
+        MMapDataset(path)
+    with pytest.raises(UsageError, match="no name of a dataset"):
+        DatasetWriter(path, "uint16")

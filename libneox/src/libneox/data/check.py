@@ -60,7 +60,7 @@ def check_pair(
     with MMapDataset(prefix) as data:
         manifest = read_manifest(prefix)
         _check_offsets(data)
-        documents = _check_documents(data)
+        documents = check_documents(data)
         if manifest is not None:
             _check_manifest(data, manifest)
         tokenizer = manifest.tokenizer if manifest is not None else None
@@ -96,8 +96,12 @@ def _check_offsets(data: MMapDataset) -> None:
         expected = int(ends[-1])
 
 
-def _check_documents(data: MMapDataset) -> int:
-    """The number of documents. GPT-NeoX's own merge tool leaves only the first entry, which is let pass."""
+def check_documents(data: MMapDataset) -> int:
+    """The number of documents. GPT-NeoX's own merge tool leaves only the first entry, which is let pass.
+
+    Raises:
+        DataError: the document index does not run from 0 to the last sequence.
+    """
     entries = data.doc_idx
     if len(entries) == 0 or int(entries[0]) != 0:
         raise DataError(f"{data.prefix}.idx: the document index does not begin with 0; write the pair again")

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from libneox.data.mapping import map_file
-from libneox.errors import DataError, InputMissing
+from libneox.errors import DataError, InputMissing, UsageError
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -130,8 +130,14 @@ def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def strip_suffix(path: str | os.PathLike[str]) -> Path:
-    """The prefix of a pair, also when the user named one of its files."""
+    """The prefix of a pair, also when the user named one of its files.
+
+    Raises:
+        UsageError: there is no name in it (`.`, `/`).
+    """
     path = Path(path)
+    if not path.name:
+        raise UsageError(f"{path}: is no name of a dataset; give a prefix such as data/pile")
     return path.with_name(path.name[:-4]) if path.suffix in (".bin", ".idx") else path
 
 

@@ -112,7 +112,7 @@ class DatasetWriter:
         if len(lengths) and int(lengths.max()) > LONGEST:
             at = self.sequences + int(lengths.argmax())
             raise DataError(f"{self.prefix}: document {at} has {lengths.max()} tokens, the format ends at {LONGEST}")
-        data = memoryview(self._checked(values)).cast("B") if len(values) else b""
+        data = memoryview(fitted(values, self.dtype, self.prefix)).cast("B") if len(values) else b""
         self._bin.write(data)
         self._hash.update(data)
         self._idx.write(lengths.astype("<i4").tobytes())
@@ -188,18 +188,6 @@ class DatasetWriter:
         self._open, self._temporary = [], {}
         self._lock.release()
 
-    def _checked(self, values: Array) -> Array:
-        values = np.ascontiguousarray(values)
-        if values.dtype == self.dtype:
-            return values
-        if self.dtype.kind in "iu":
-            limits = np.iinfo(self.dtype)
-            if values.dtype.kind not in "iu" or int(values.min()) < limits.min or int(values.max()) > limits.max:
-                raise DataError(
-                    f"{self.prefix}: values from {values.min()} to {values.max()} do not fit {self.dtype.name}"
-                )
-        return values.astype(self.dtype)
-
     def _add_documents(self, documents: Array) -> None:
         if self._documents is None:
             self._documents = self._create("doc")
@@ -251,6 +239,22 @@ class DatasetWriter:
         del self._temporary[name]
 
 
+def fitted(values: Array, dtype: np.dtype[Any], name: object) -> Array:
+    """Values as a contiguous array of `dtype`; integers are never wrapped or cut.
+
+    Raises:
+        DataError: one does not fit; `name` is where they come from.
+    """
+    values = np.ascontiguousarray(values)
+    if values.dtype == dtype:
+        return values
+    if dtype.kind in "iu" and len(values):
+        limits = np.iinfo(dtype)
+        if values.dtype.kind not in "iu" or int(values.min()) < limits.min or int(values.max()) > limits.max:
+            raise DataError(f"{name}: values from {values.min()} to {values.max()} do not fit {dtype.name}")
+    return values.astype(dtype)
+
+
 def command_line() -> tuple[str, ...]:
     """The command line as the user typed it, for the manifest."""
     name = Path(sys.argv[0])
@@ -272,8 +276,6 @@ def check_prefix(prefix: str | os.PathLike[str], *, force: bool = False) -> Path
         UsageError: the name is empty or too long for the file system.
     """
     prefix = strip_suffix(prefix)
-    if not prefix.name or str(prefix).endswith(os.sep):
-        raise UsageError(f"{prefix}: no name for the output; give a prefix such as data/pile")
     if len(os.fsencode(prefix.name)) + max(map(len, SUFFIXES.values())) > _NAME_BYTES:
         raise UsageError(f"{prefix}: the name is too long; with its suffixes it must stay within {_NAME_BYTES} bytes")
     index_path, data_path = pair_paths(prefix)
