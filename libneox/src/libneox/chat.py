@@ -45,32 +45,34 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or fails on it.
         """
-        from jinja2.exceptions import TemplateError
-
         try:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self._names
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it can divide by zero
             raise DataError(f"{self._origin}: the chat template fails on this conversation: {error}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The tokenizer_config.json of a Hugging Face directory as plain JSON, or nothing. No code is run.
+    """The tokenizer_config.json of a Hugging Face directory as plain JSON, or nothing. No code is run."""
+    return read_object(folder / SETTINGS)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is no such file.
 
     Raises:
         DataError: it is no JSON object.
     """
-    file = folder / SETTINGS
     if not file.is_file():
         return {}
     try:
-        settings = json.loads(file.read_bytes())
-    except ValueError as error:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(settings, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{file}: not a JSON object")
-    return settings
+    return value
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -81,17 +83,31 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates of a Hugging Face directory by name; the only or main one is "default"."""
+    """The chat templates of a Hugging Face directory by name; the only or main one is "default".
+
+    Raises:
+        DataError: they are not written as they should be.
+    """
     if (folder / TEMPLATE).is_file():
         more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
-        return {"default": _read(folder / TEMPLATE)} | {path.stem: _read(path) for path in more}
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return {"default": template} if template else {}
+        return {"default": read_template(folder / TEMPLATE)} | {path.stem: read_template(path) for path in more}
+    template = settings.get("chat_template") or []
+    entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    try:
+        found = {entry["name"]: entry["template"] for entry in entries}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / SETTINGS}: its chat_template is no list of names and templates") from error
+    if not all(isinstance(text, str) for text in found.values()):
+        raise DataError(f"{folder / SETTINGS}: a chat template in it is no text")
+    return found
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a template file.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
