@@ -100,7 +100,7 @@ def test_a_template_cannot_reach_out(tokenize, folder: Path) -> None:
 
 @pytest.mark.parametrize("value", ["text", 5, [1], [{"content": "no role"}], None, {}])
 def test_what_is_no_conversation(tokenize, folder: Path, value: object) -> None:
-    source = json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": value or {"a": 1}})
+    source = json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": value})
     with pytest.raises(DataError, match="in.jsonl:2: no conversation"):
         tokenize(source, tokenizer=str(folder), chat=True)
     stream = tokenize(source, tokenizer=str(folder), chat=True, on_error="skip")
@@ -113,9 +113,10 @@ def test_an_empty_conversation_is_counted(tokenize, folder: Path) -> None:
     assert (len(stream.texts), stream.rejects) == (1, {"empty document": 1})
 
 
-def test_rewards_are_numbers(tokenize, folder: Path) -> None:
-    source = json.dumps({"messages": TALK, "r": "high"})
-    with pytest.raises(DataError, match="'r' is 'high'"):
+@pytest.mark.parametrize("value", ['"high"', "null", "NaN", "Infinity", "1e300", "1" * 400, "[1]"])
+def test_rewards_are_numbers(tokenize, folder: Path, value: str) -> None:
+    source = json.dumps({"messages": TALK})[:-1] + f', "r": {value}}}'
+    with pytest.raises(DataError, match="no reward: 'r' is "):
         tokenize(source, tokenizer=str(folder), chat=True, reward_key="r")
 
 
@@ -125,3 +126,45 @@ def test_no_template(tokenize, tmp_path: Path) -> None:
         tokenize("{}", tokenizer=str(tmp_path), chat=True)
     with pytest.raises(UsageError, match="--chat"):
         tokenize("{}", only_last=True)
+
+
+def test_what_no_tokenizer_can_encode(tokenize, folder: Path) -> None:
+    """A lone surrogate, wherever the template takes it from."""
+    for key in ("role", "content"):
+        source = json.dumps({"messages": [{"role": "user", "content": "hi"} | {key: "a\ud800b"}]})
+        with pytest.raises(DataError, match="lone surrogate"):
+            tokenize(source, tokenizer=str(folder), chat=True)
+        (text,) = tokenize(source, tokenizer=str(folder), chat=True, errors="replace").texts
+        assert "a\ufffdb" in text
+
+
+def test_numbers_of_a_conversation_stay_what_they_are(tokenize, folder: Path) -> None:
+    (folder / "t.jinja").write_text("{% for m in messages %}{{ m | tojson }}{% endfor %}")
+    message = {"role": "user", "n": 1, "large": 12345678901234567890, "x": 0.5}
+    options = {"tokenizer": str(folder), "chat": True, "chat_template": str(folder / "t.jinja")}
+    (text,) = tokenize(json.dumps({"messages": [message]}), **options).texts
+    assert json.loads(text.removesuffix("<|endoftext|>")) == message
+    assert '"n": 1,' in text
+
+
+def test_one_of_two_conversations_may_be_empty(tokenize, folder: Path) -> None:
+    source = json.dumps({"a": TALK[:2], "b": []})
+    for options in ({}, {"for_rm": True}, {"compat": "neox"}, {"compat": "neox", "for_rm": True}):
+        stream = tokenize(source, tokenizer=str(folder), chat=True, key=["a", "b"], **options)
+        assert stream.ids["b"] == [[0, 0] if "for_rm" in options else [0]]
+        assert len(stream.ids["a"][0]) > 20
+
+
+def test_rejects_come_in_the_order_of_the_input(tokenize, folder: Path) -> None:
+    source = '{"messages": 5}\n{broken\n'
+    with pytest.raises(DataError, match="in.jsonl:1: no conversation"):
+        tokenize(source, tokenizer=str(folder), chat=True)
+
+
+def test_binary_rewards(tokenize, folder: Path) -> None:
+    source = "\n".join(json.dumps({"messages": TALK, "r": value}) for value in (True, False, 1, 0.0))
+    options = {"tokenizer": str(folder), "chat": True, "reward_key": "r", "binary_reward": True}
+    assert tokenize(source, **options).rewards == [1, -1, 1, -1]
+    for value in ("false", None, []):
+        with pytest.raises(DataError, match="no reward"):
+            tokenize(json.dumps({"messages": TALK, "r": value}), **options)

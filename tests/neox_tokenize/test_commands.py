@@ -127,15 +127,15 @@ def test_interrupt_is_quick_and_leaves_nothing(tmp_path: Path) -> None:  # D-05
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_terminal_is_refused() -> None:
+@pytest.mark.parametrize("end", ["stdin", "stdout"])
+def test_a_terminal_is_refused(end: str) -> None:  # A-18
     leader, follower = os.openpty()
-    done = subprocess.run(
-        COMMAND, stdin=subprocess.DEVNULL, stdout=follower, stderr=subprocess.PIPE, timeout=60, check=False
-    )
+    ends = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, end: follower}
+    done = subprocess.run(COMMAND, **ends, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(leader)
     os.close(follower)
     assert done.returncode == 2
-    assert b"stdout is a terminal" in done.stderr
+    assert f"{end} is a terminal".encode() in done.stderr
 
 
 def test_train(run_command, tmp_path: Path) -> None:
@@ -163,6 +163,33 @@ def test_train(run_command, tmp_path: Path) -> None:
     assert run_command(["neox-tokenize", "train", "-o", "-"], input=b"").returncode == 65
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_is_interrupted(tmp_path: Path, number: int, code: int) -> None:  # D-05
+    """The library that trains looks at no signal: without care the command would go on to the end of its input."""
+    arguments = ["train", "-o", tmp_path / "t.json", "--on-error", f"quarantine={tmp_path}/bad"]
+    with subprocess.Popen([*COMMAND, *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(JSONL + b"{broken\n")
+        process.stdin.flush()
+        for _ in range(200):
+            if list(tmp_path.iterdir()):
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=20) == code
+        assert process.stderr is not None
+        assert b"Traceback" not in process.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_takes_documents_up_to_its_limit(run_command, tmp_path: Path) -> None:
+    source = b'{"a": "x", "b": "y"}\n' * 5 + b"{broken"
+    arguments = ["neox-tokenize", "train", "-k", "a", "-k", "b", "--limit", "5", "--vocab-size", "300", "-o", "-"]
+    made = run_command(arguments, input=source)
+    assert made.returncode == 0, made.stderr
+    assert b"from 5 documents, 10 B of text" in made.stderr
+
+
 def test_train_with_own_specials(run_command) -> None:
     arguments = ["neox-tokenize", "train", "--vocab-size", "270", "--special", "<eos>", "--special", "<a>", "-o", "-"]
     content = json.loads(run_command(arguments, input=JSONL).stdout)
@@ -182,6 +209,33 @@ def test_count_texts(run_command) -> None:
     }
 
 
+def test_count_up_to_a_limit(run_command) -> None:
+    counted = run_command(["neox-tokenize", "count", "--json", "-t", "bytes", "--limit", "3"], input=JSONL)
+    assert json.loads(counted.stdout) == {
+        "documents": 3,
+        "text_bytes": 30,
+        "tokens": 30,
+        "longest_document": 10,
+        "skipped": {},
+    }
+
+
+def test_count_a_directory(run_command, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    (tmp_path / "b.jsonl").write_bytes(JSONL)
+    counted = run_command(["neox-tokenize", "count", "--json", "-t", "bytes", str(tmp_path)])
+    assert counted.returncode == 0, counted.stderr
+    assert json.loads(counted.stdout)["documents"] == 100
+
+
+def test_options_that_do_nothing_with_a_stream_are_refused(run_command, tmp_path: Path) -> None:
+    stream = run_command(["neox-tokenize", "-t", "bytes"], input=JSONL).stdout
+    for options in (["--limit", "3"], ["--append-eod"], ["-t", "bytes"]):
+        done = run_command(["neox-tokenize", "count", *options], input=stream)
+        assert done.returncode == 2, options
+        assert b"does nothing with a token stream" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -197,6 +251,8 @@ def test_count_texts(run_command) -> None:
         ["--mask-before", "300"],
         ["--only-last"],
         ["--binary-reward"],
+        ["--chat", "--only-last", "--no-mask"],
+        ["--chat", "--for-rm", "--only-last"],
         ["--chat", "--append-eod"],
         ["--chat", "--allow-special"],
         ["--compat", "neox", "--format", "text"],

@@ -253,3 +253,66 @@ def test_what_is_not_read_is_named(tokenize) -> None:  # A-20
 def test_absent_files_are_named_first(tokenize, tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match="nowhere"):
         tokenize([tmp_path / "nowhere"])
+
+
+def test_joined_archives_are_refused_rather_than_lost(tokenize) -> None:
+    one, two = tar(MEMBERS), tar({"x": b"more"})
+    assert tokenize(one + bytes(100_000)).texts == TEXTS  # padding, as on a tape
+    for data in (one + two, one.rstrip(b"\0") + bytes(2000 - len(one.rstrip(b"\0")) % 512) + two, one + b"x"):
+        with pytest.raises(DataError, match=r"two were joined|end mark"):
+            tokenize(data, "data")
+
+
+def test_every_damaged_header_of_a_tar_is_an_error(tokenize) -> None:
+    """tarfile ends without a word at the first header whose checksum is wrong."""
+    whole = tar(MEMBERS)
+    for member in range(1, 4):
+        data = bytearray(whole)
+        data[member * 1024 + 10] ^= 1
+        with pytest.raises(DataError, match="damaged"):
+            tokenize(bytes(data), "data")
+
+
+def test_compressed_archives_are_read_to_their_end(tokenize) -> None:
+    """The checksum of the compression stands behind the end mark of the archive."""
+    padded = tar({"a": b"text"}) + bytes(300_000)
+    data = zstd(padded)
+    assert tokenize(data, "data").texts == ["text"]
+    with pytest.raises(DataError, match="truncated zstd"):
+        tokenize(data[:-1], "data")
+
+
+def test_a_damaged_member_of_a_zip(tokenize) -> None:
+    whole = zipped({"x": b"some text, and more of it, and more of it" * 50})
+    start = whole.index(b"x") + 1
+    for position in range(start, start + 40, 3):
+        data = bytearray(whole)
+        data[position] ^= 0x55
+        with pytest.raises(DataError):
+            tokenize(bytes(data), "data")
+
+
+def arrow_stream(texts: list[str]) -> bytes:
+    sink = io.BytesIO()
+    table = pa.table({"text": texts})
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return sink.getvalue()
+
+
+def test_arrow_streams_are_whole_and_all_are_read(tokenize) -> None:
+    one, two = arrow_stream(TEXTS[:2]), arrow_stream(TEXTS[2:])
+    assert tokenize(one + two, "data").texts == TEXTS
+    assert tokenize(zstd(one + two), "data").texts == TEXTS
+    for cut in (8, 4):  # behind the last batch, where Arrow sees nothing wrong
+        with pytest.raises(DataError, match=r"damaged|cut off"):
+            tokenize(one + two[:-cut], "data")
+    with pytest.raises(DataError, match="damaged"):
+        tokenize(one + b"tail", "data")
+
+
+def test_a_directory_as_gpt_neox_reads_it(tokenize, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.md", "c.json", "d.txt"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    assert tokenize(tmp_path, compat="neox").texts == ["a.jsonl", '{"text": "d.txt"}']
+    assert len(tokenize(tmp_path).texts) == 4

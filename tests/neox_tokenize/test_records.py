@@ -221,3 +221,34 @@ def test_mask_before(tokenize) -> None:
     assert stream.labels[""] == expected
     assert stream.header.dtype == "int32"
     assert tokenize(source, mask_before="60,34", append_eod=True).labels == stream.labels
+
+
+@pytest.mark.parametrize("text", ["R\u00e9ponse:", "\u7b54\u3048:", "\U0001f600 \\n", "\\u00e9"])
+def test_mask_before_a_text_of_any_script(tokenize, text: str) -> None:
+    plain = text.replace("\\n", "\n").replace("\\u00e9", "\u00e9")
+    stream = tokenize(lines({"text": f"a {plain} b"}), mask_before=text)
+    masked = len(f"a {plain}".encode())
+    assert stream.labels[""] == [[-100] * masked + stream.ids[""][0][masked:]]
+
+
+def test_mask_before_broken_escapes(tokenize) -> None:
+    for text in ("\\", "\\x", "\\ud800"):
+        with pytest.raises(UsageError, match="--mask-before"):
+            tokenize(lines({"text": "a"}), mask_before=text)
+
+
+def test_what_stands_behind_the_limit_is_not_looked_at(tokenize) -> None:
+    """Neither as an error nor as a count, wherever the borders of blocks fall."""
+    source = b"\n" + lines({"text": "a"}, {"text": ""}, {"text": "b"}) + b'\n{broken\n{"text": 5}'
+    stream = tokenize(source, limit=2)
+    assert stream.texts == ["a", "b"]
+    assert stream.rejects == {"blank line": 1, "empty document": 1}
+    with pytest.raises(DataError, match=":6: broken JSON"):
+        tokenize(source, limit=3)
+
+
+def test_a_small_limit_holds_within_a_block(tokenize) -> None:
+    source = lines({"text": "y"}) * 3 + lines({"text": "x" * 2000}, {"text": "z"})
+    with pytest.raises(DataError, match=r":4: a line: longer than"):
+        tokenize(source, max_doc_bytes="1K")
+    assert len(tokenize(source, max_doc_bytes="3K").ids[""]) == 5

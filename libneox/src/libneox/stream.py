@@ -103,6 +103,18 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def first(self, documents: int) -> TokenBatch:
+        """Its first documents, not copied."""
+        tokens = int(self.lengths[:documents].sum())
+        return TokenBatch(
+            self.values[:tokens],
+            self.lengths[:documents],
+            None if self.labels is None else self.labels[:tokens],
+            None if self.rewards is None else self.rewards[:documents],
+            None if self.ids is None else self.ids[:documents],
+            self.key,
+        )
+
 
 class StreamWriter:
     """Write a token stream to a binary file or pipe.

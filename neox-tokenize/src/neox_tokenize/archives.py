@@ -15,12 +15,13 @@ import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 
 from libneox.decompress import decompressed
 from libneox.errors import DataError, UnsafeInput, UsageError
 from libneox.lookahead import Lookahead
-from neox_tokenize.blocks import BLOCK_BYTES, Block, Limits, line_blocks, read_document
+from neox_tokenize.blocks import BLOCK_BYTES, READ_BYTES, Block, Limits, line_blocks, read_document
 
 DAT_LENGTH = 16
 OpenMember = Callable[[Lookahead, str, "str | None"], Iterator[Block]]
@@ -60,7 +61,7 @@ def tar_blocks(stream: Lookahead, name: str, open_member: OpenMember) -> Iterato
 
     Raises:
         UnsafeInput: a link, a device, or a path that leads out of the archive.
-        DataError: the archive is cut off or damaged.
+        DataError: the archive is cut off, damaged, or followed by something that would be lost, such as another one.
     """
     source = _LastBlock(stream)
     try:
@@ -73,10 +74,19 @@ def tar_blocks(stream: Lookahead, name: str, open_member: OpenMember) -> Iterato
                 content = archive.extractfile(member)
                 if content is not None and member.size:
                     yield from open_member(Lookahead(content), where, None)
+            end = source.behind(archive.offset)
     except tarfile.TarError as error:
         raise DataError(f"{name}: the tar archive is damaged or cut off ({error})") from error
-    if source.last.strip(b"\0"):
+    # tarfile ends without a word at a header that is damaged or not there
+    if len(end) < tarfile.BLOCKSIZE:
         raise DataError(f"{name}: the tar archive stops without its end mark; it is cut off")
+    while end:
+        if end.strip(b"\0"):
+            raise DataError(
+                f"{name}: what follows the members read so far is no tar header; the archive is damaged, or two were "
+                "joined: name them one by one"
+            )
+        end = stream.read1(READ_BYTES)
 
 
 def zip_blocks(path: str | None, name: str, limits: Limits, open_member: OpenMember) -> Iterator[Block]:
@@ -97,7 +107,8 @@ def zip_blocks(path: str | None, name: str, limits: Limits, open_member: OpenMem
                     )
                 with archive.open(member) as content:
                     yield from open_member(Lookahead(content), where, None)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:  # RuntimeError: encrypted
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+        # RuntimeError: encrypted
         raise DataError(f"{name}: the zip archive cannot be read ({error})") from error
 
 
@@ -193,14 +204,20 @@ def _check_member(member: str, where: str, *, plain: bool) -> None:
 
 
 class _LastBlock(io.RawIOBase):
-    """A stream for tarfile that remembers the last block it gave."""
+    """A stream for tarfile that remembers the last piece it gave."""
 
     def __init__(self, stream: Lookahead):
         self._stream = stream
-        self.last = b""
+        self._last = b""
+        self._given = 0
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
         if data:
-            self.last = data[-tarfile.BLOCKSIZE :]
+            self._last = data
+            self._given += len(data)
         return data
+
+    def behind(self, offset: int) -> bytes:
+        """What was given from an offset on, which lies in the last piece or at its end."""
+        return self._last[max(0, len(self._last) - (self._given - offset)) :] if offset < self._given else b""

@@ -65,16 +65,20 @@ class Limits:
             started_at: `compressed_so_far(stream)` when the record began.
         """
         if size > self.record_bytes:
-            raise DataError(
-                f"{where}: longer than {human_bytes(self.record_bytes)}; --max-doc-bytes raises the limit"
-                " (if memory allows), or the file is not what it seems"
-            )
+            raise self.too_long(where)
         if size > BOMB_BYTES and isinstance(stream, DecompressedLookahead):
             used = compressed_so_far(stream) - started_at
             if size > BOMB_RATIO * max(used, 1):
                 raise DataError(
                     f"{where}: {human_bytes(size)} out of {human_bytes(used)} compressed; refused as a bomb"
                 )
+
+    def too_long(self, where: str) -> DataError:
+        """What is said of a record beyond the limit."""
+        return DataError(
+            f"{where}: longer than {human_bytes(self.record_bytes)}; --max-doc-bytes raises the limit"
+            " (if memory allows), or the file is not what it seems"
+        )
 
 
 def compressed_so_far(stream: Lookahead) -> int:
@@ -106,17 +110,17 @@ def line_blocks(
             limits.check(line_size, f"{source}:{unfinished}: a line", stream, line_started)
         if cut and size >= BLOCK_BYTES:
             pending[-1] = chunk[:cut]
-            block = _lines(b"".join(pending), source, kind, number, keep_ends)
+            block = _lines(b"".join(pending), source, kind, number, limits, keep_ends)
             pending, size = [chunk[cut:]], line_size
             number += len(block.records)
             yield block
     if size:
         data = b"".join(pending)
         pending.clear()
-        yield _lines(data, source, kind, number, keep_ends)
+        yield _lines(data, source, kind, number, limits, keep_ends)
 
 
-def _lines(data: bytes, source: str, kind: str, number: int, keep_ends: bool) -> Block:
+def _lines(data: bytes, source: str, kind: str, number: int, limits: Limits, keep_ends: bool) -> Block:
     lines = data.split(b"\n")
     last = lines.pop()
     if keep_ends:
@@ -125,6 +129,10 @@ def _lines(data: bytes, source: str, kind: str, number: int, keep_ends: bool) ->
         lines = [line[:-1] if line.endswith(b"\r") else line for line in lines]
     if last:
         lines.append(last)
+    if len(data) > limits.record_bytes:
+        for index, line in enumerate(lines):
+            if len(line) > limits.record_bytes:
+                raise limits.too_long(f"{source}:{number + index}: a line")
     return Block(source, kind, "line", number, lines)
 
 

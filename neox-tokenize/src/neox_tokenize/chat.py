@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from libneox.chat import ChatTemplate, named_tokens, read_settings, read_templates
+from libneox.chat import ChatTemplate, named_tokens, read_settings, read_template, read_templates
 from libneox.errors import DataError, InputMissing, UsageError
 from libneox.stream import NO_LOSS, TokenBatch
 from libneox.tokenizer import JsonTokenizer, Tokenizer
 from neox_tokenize.blocks import Block
 from neox_tokenize.encode import Encoded
-from neox_tokenize.records import BadRecord, Reader, Reject
+from neox_tokenize.records import BadRecord, Reader, Reject, nothing_in, rejected
 
 if TYPE_CHECKING:
     import numpy as np
+
+LARGEST_REWARD = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,35 @@ class ChatEncoder:
 
     def __call__(self, block: Block) -> Encoded:
         wanted = [*self.reader.rules.keys, *([self.rules.reward_key] if self.rules.reward_key else [])]
-        rows, rejects = self.reader.values(block, wanted)
         columns: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in self.keys]
         rewards: list[float] = []
-        for index, row in rows:
-            try:
-                reward = self._reward(row.pop()) if self.rules.reward_key else 0.0
-                if not any(row) and not self.rules.neox:
-                    rejects.append(Reject(block.where(index), "empty document", "no message in it", b"", harmless=True))
-                    continue
-                encoded = [self._conversation(self._messages(value)) for value in row]
-            except BadRecord as error:
-                raw = block.records[index]
-                record = raw if isinstance(raw, bytes) else repr(raw).encode()
-                rejects.append(Reject(block.where(index), error.reason, error.detail, record))
+        sizes: list[int] = []
+        rejects: list[Reject] = []
+        for index, values in enumerate(self.reader.values(block, wanted)):
+            row = values if isinstance(values, Reject) else self._row(block, index, values)
+            if isinstance(row, Reject):
+                rejects.append(replace(row, before=len(sizes)))
                 continue
+            reward, conversations = row
             rewards.append(reward)
-            for column, item in zip(columns, encoded, strict=True):
+            record = block.records[index]
+            sizes.append(len(record) if isinstance(record, bytes) else 0)
+            for column, item in zip(columns, conversations, strict=True):
                 column.append(item)
         batches = [self._batch(column, rewards, key) for key, column in zip(self.keys, columns, strict=True)]
-        return Encoded(batches, rejects, sum(len(r) for r in block.records if isinstance(r, bytes)))
+        return Encoded(batches, rejects, sizes)
+
+    def _row(
+        self, block: Block, index: int, values: list[Any]
+    ) -> tuple[float, list[tuple[np.ndarray, np.ndarray]]] | Reject:
+        """The reward of a record, and the tokens and labels of its conversations."""
+        try:
+            reward = self._reward(values.pop()) if self.rules.reward_key else 0.0
+            if all(value == [] for value in values) and not self.rules.neox:
+                return nothing_in(block, index, "empty document")
+            return reward, [self._conversation(self._messages(value)) for value in values]
+        except BadRecord as error:
+            return rejected(block, index, error)
 
     def _batch(self, column: list[tuple[np.ndarray, np.ndarray]], rewards: list[float], key: str) -> TokenBatch:
         import numpy as np
@@ -95,9 +106,6 @@ class ChatEncoder:
     def _messages(self, value: Any) -> list[Mapping[str, Any]]:
         if not isinstance(value, list) or not all(isinstance(m, Mapping) and "role" in m for m in value):
             raise BadRecord("no conversation", "a list of messages with role and content expected")
-        for message in value:
-            if isinstance(message.get("content"), str):
-                self.reader.clean(message["content"])
         return value
 
     def _conversation(self, messages: list[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,17 +133,20 @@ class ChatEncoder:
         role = self.rules.generation_role
         following = [message["role"] == role for message in messages[1:]] + [False]
         try:
-            return [
+            texts = [
                 self.template.render(messages[: turn + 1], add_generation_prompt=following[turn])
                 for turn in range(len(messages))
             ]
         except DataError as error:
             raise BadRecord("template refuses", str(error)) from error
+        return [self.reader.clean(text) for text in texts]
 
     def _turns(self, messages: list[Mapping[str, Any]]) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Ids of the whole text, and each turn's range: a token belongs to the turn in which it starts."""
         import numpy as np
 
+        if not messages:  # the other conversation of the record is not empty
+            return np.zeros(0, dtype=np.int32), []
         prefixes = self._prefixes(messages)
         for turn, (before, after) in enumerate(zip(prefixes, prefixes[1:], strict=False)):
             if not after.startswith(before):
@@ -145,7 +156,7 @@ class ChatEncoder:
                     "so it cannot be told which tokens are whose",
                 )
         backend = self.tokenizer.backend(allow_special=True)
-        encoding = backend.encode(prefixes[-1] if prefixes else "", add_special_tokens=False)
+        encoding = backend.encode(prefixes[-1], add_special_tokens=False)
         starts = [start for start, _ in encoding.offsets]
         bounds = [0, *(int(np.searchsorted(starts, len(prefix))) for prefix in prefixes[:-1]), len(starts)]
         return np.array(encoding.ids, dtype=np.int32), list(zip(bounds, bounds[1:], strict=False))
@@ -162,11 +173,11 @@ class ChatEncoder:
         return np.array(ids, dtype=np.int32), turns
 
     def _reward(self, value: Any) -> float:
-        if self.rules.binary_reward:
+        if self.rules.binary_reward and self.rules.neox:
             return 1.0 if value else -1.0
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not abs(value) <= LARGEST_REWARD:  # nor NaN
             raise BadRecord("no reward", f"{self.rules.reward_key!r} is {value!r}, not a number")
-        return float(value)
+        return float(value) if not self.rules.binary_reward else 1.0 if value else -1.0
 
 
 def load_template(tokenizer_source: str, given: str | None) -> tuple[ChatTemplate, str | None]:
@@ -184,7 +195,7 @@ def load_template(tokenizer_source: str, given: str | None) -> tuple[ChatTemplat
     names = named_tokens(settings)
     if given is not None:
         try:
-            source, origin = Path(given).read_text(encoding="utf-8"), given
+            source, origin = read_template(Path(given)), given
         except OSError as error:
             raise InputMissing(f"{given}: {error.strerror}") from error
     else:

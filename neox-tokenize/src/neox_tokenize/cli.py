@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 
@@ -110,6 +110,8 @@ class Conversations:
 
         if self.binary_reward and self.reward_key is None:
             raise UsageError("--binary-reward needs --reward-key")
+        if self.only_last + self.no_mask + self.for_rm > 1:
+            raise UsageError("--only-last, --no-mask and --for-rm each say where the loss is; give one of them")
         return ChatRules(
             self.generation_role, self.only_last, not self.no_mask, self.for_rm, self.reward_key, self.binary_reward
         )
@@ -180,7 +182,7 @@ def tokenize(
 ) -> None:
     """Text in, tokens out: JSONL, archives or plain text to a token stream on stdout, for neox-shard."""
     if decode:
-        _refuse_beside_decode(locals())
+        _refuse_others(tokenize, locals(), ("files", "decode", "limit", "quiet", "stdout"), "with --decode")
         from neox_tokenize.decode import decode_stream
         from neox_tokenize.inputs import expand
 
@@ -235,10 +237,17 @@ def count(
     stdout: BinaryIO,
 ) -> None:
     """Count documents, text bytes and tokens; a token stream on stdin is counted as it is."""
+    values = locals()
     from neox_tokenize.count import count_inputs
 
     options = reading.options(files, append_eod=append_eod, workers=workers or _cores())
-    count_inputs(options, stdout, as_json=json, tokenizer=lambda: _tokenizer(tokenizer, reading.quiet))
+    count_inputs(
+        options,
+        stdout,
+        as_json=json,
+        tokenizer=lambda: _tokenizer(tokenizer, reading.quiet),
+        on_stream=lambda: _refuse_others(count, values, ("files", "json", "quiet", "stdout"), "with a token stream"),
+    )
 
 
 def parse_size(text: str) -> int:
@@ -250,12 +259,13 @@ def parse_size(text: str) -> int:
     return int(number) * units.get(unit, 1)
 
 
-def _refuse_beside_decode(values: Mapping[str, Any]) -> None:
-    """The stream says how it was made; an option that would say it again is a mistake."""
-    given = {**values, **vars(values["reading"]), **vars(values["conversations"])}
-    for name, parameter in inspect.signature(cli.flat(tokenize)).parameters.items():
-        if name not in ("files", "decode", "limit", "quiet", "stdout") and given[name] != parameter.default:
-            raise UsageError(f"--{name.replace('_', '-')} does nothing with --decode; leave it out")
+def _refuse_others(command: cli.Command, values: Mapping[str, Any], allowed: Container[str], where: str) -> None:
+    """A token stream says how it was made; an option that would say it again is a mistake."""
+    groups = [vars(value) for value in values.values() if is_dataclass(value)]
+    given = {name: value for group in (values, *groups) for name, value in group.items()}
+    for name, parameter in inspect.signature(cli.flat(command)).parameters.items():
+        if name not in allowed and given[name] != parameter.default:
+            raise UsageError(f"--{name.replace('_', '-')} does nothing {where}; leave it out")
 
 
 def _tokenizer(name: str | None, quiet: bool) -> str:

@@ -60,11 +60,26 @@ def _batches(
             _check_columns(file.schema.names, columns, name)
             yield from (file.get_batch(i).select(sorted(set(columns))) for i in range(file.num_record_batches))
     else:
-        with pa.ipc.open_stream(pa.PythonFile(stream, mode="r")) as reader:
-            if b"neox.stream" in (reader.schema.metadata or {}):
-                raise DataError(f"{name}: these are tokens already; give them to neox-shard, or to --decode")
-            _check_columns(reader.schema.names, columns, name)
-            yield from (batch.select(sorted(set(columns))) for batch in reader)
+        while stream.peek(1):  # streams may stand one behind the other
+            source = _Watched(stream)
+            with pa.ipc.open_stream(pa.PythonFile(source, mode="r")) as reader:
+                if b"neox.stream" in (reader.schema.metadata or {}):
+                    raise DataError(f"{name}: these are tokens already; give them to neox-shard, or to --decode")
+                _check_columns(reader.schema.names, columns, name)
+                yield from (batch.select(sorted(set(columns))) for batch in reader)
+            if source.ended:
+                raise DataError(f"{name}: damaged or cut off: the Arrow stream stops without its end mark")
+
+
+class _Watched(Lookahead):
+    """A stream for Arrow, which takes one that stops between two batches for a whole one."""
+
+    ended = False  # whether it was read beyond its end
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        self.ended = len(data) < size
+        return data
 
 
 def _check_columns(present: Iterable[str], wanted: Iterable[str], name: str) -> None:

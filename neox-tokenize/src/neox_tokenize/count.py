@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from libneox.files import open_input
@@ -19,17 +20,26 @@ from neox_tokenize.rejects import open_rejects
 from neox_tokenize.run import PROG, Options, choose_engine, encoded_blocks, end_of_document
 
 
-def count_inputs(options: Options, stdout: BinaryIO, *, as_json: bool, tokenizer: Callable[[], str]) -> None:
+def count_inputs(
+    options: Options,
+    stdout: BinaryIO,
+    *,
+    as_json: bool,
+    tokenizer: Callable[[], str],
+    on_stream: Callable[[], None] = lambda: None,
+) -> None:
     """Print the counts of texts or, given a token stream, of its tokens.
 
     Args:
         tokenizer: names the tokenizer; asked only where there are texts to encode.
+        on_stream: called if the input is a token stream, before it is counted.
     """
     paths = options.paths or ("-",)
-    if len(paths) == 1:
+    if len(paths) == 1 and not Path(paths[0]).is_dir():
         with contextlib.closing(open_input(paths[0])) as file:
             source = Lookahead(file)
             if source.peek(4) == CONTINUATION:
+                on_stream()
                 counts = _of_stream(source, paths[0])
             else:
                 counts = _of_texts(replace(options, tokenizer=tokenizer()), source)

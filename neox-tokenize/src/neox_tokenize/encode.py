@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -27,12 +27,23 @@ class Encoded:
     Attributes:
         batches: one for each key, of equally many documents.
         rejects: the records that gave no document.
-        text_bytes: size of the texts in UTF-8, over all keys.
+        sizes: bytes of text in each document, over all keys.
     """
 
     batches: list[TokenBatch]
     rejects: list[Reject]
-    text_bytes: int
+    sizes: Sequence[int]
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text in all documents."""
+        return sum(self.sizes)
+
+    def first(self, documents: int) -> Encoded:
+        """Its first documents, and the rejects that stand before the last of them."""
+        batches = [batch.first(documents) for batch in self.batches]
+        rejects = [reject for reject in self.rejects if reject.before < documents]
+        return Encoded(batches, rejects, self.sizes[:documents])
 
 
 class Encoder(Protocol):
@@ -63,17 +74,17 @@ class TextEncoder:
 
     def __call__(self, block: Block) -> Encoded:
         columns, rejects = self.reader.texts(block)
-        batches, text_bytes = [], 0
+        batches, sizes = [], [0] * len(columns[0])
         for key, texts in zip(self.keys, columns, strict=True):
             if self.clean is not None:
                 texts = [self.clean(text) for text in texts]
-            text_bytes += sum(map(_utf8_length, texts))
+            sizes = [size + _utf8_length(text) for size, text in zip(sizes, texts, strict=True)]
             values, lengths = self.engine.encode(texts)
             if self.eod_id is not None:
                 values, lengths = append_eod(values, lengths, self.eod_id)
             labels = None if self.mask_before is None else mask_before(values, lengths, self.mask_before)
             batches.append(TokenBatch(values, lengths, labels, key=key))
-        return Encoded(batches, rejects, text_bytes)
+        return Encoded(batches, rejects, sizes)
 
 
 def _utf8_length(text: str) -> int:

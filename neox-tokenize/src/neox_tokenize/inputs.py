@@ -87,7 +87,8 @@ class Inputs:
                 yield path
                 continue
             entries = sorted(Path(path).iterdir(), key=lambda entry: os.fsencode(entry.name))
-            files = [entry for entry in entries if SUFFIXES.search(entry.name) and entry.is_file()]
+            known = archives.neox_form if self.neox else SUFFIXES.search
+            files = [entry for entry in entries if known(entry.name) and entry.is_file()]
             if skipped := [entry.name for entry in entries if entry not in set(files)]:
                 shown = ", ".join(skipped[:5]) + (" ..." if len(skipped) > 5 else "")
                 warn(self.prog, f"{path}: {len(skipped)} entries of this directory are not read: {shown}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from libneox.errors import UsageError
@@ -14,6 +14,7 @@ from neox_tokenize.blocks import Block
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 BOM = b"\xef\xbb\xbf"
+INTEGER_DIGITS = 300  # longer integers are read as floats: they are no counts of anything
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Reject:
         detail: the fact, for a person.
         record: its raw bytes.
         harmless: it holds nothing to lose (an empty document, a blank line): counted, never an error.
+        before: documents of its block that stand before it.
     """
 
     where: str
@@ -33,6 +35,7 @@ class Reject:
     detail: str
     record: bytes = field(repr=False)
     harmless: bool = False
+    before: int = 0
 
 
 class BadRecord(Exception):
@@ -82,35 +85,32 @@ class Reader:
         for index, record in enumerate(block.records):
             try:
                 values = self._values(block, index, record)
+                reject = None if any(values) else nothing_in(block, index, "empty document" if values else "blank line")
             except BadRecord as error:
-                rejects.append(Reject(block.where(index), error.reason, error.detail, _raw(record)))
-                continue
-            if not any(values):
-                reason = "empty document" if values else "blank line"
-                rejects.append(Reject(block.where(index), reason, "nothing in it", _raw(record), harmless=True))
+                reject = rejected(block, index, error)
+            if reject is not None:
+                rejects.append(replace(reject, before=len(columns[0])))
                 continue
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
         block.records.clear()
         return columns, rejects
 
-    def values(self, block: Block, keys: Sequence[str]) -> tuple[list[tuple[int, list[Any]]], list[Reject]]:
-        """Whatever JSON values stand under some keys: (number in the block, values) of each usable record."""
-        rows: list[tuple[int, list[Any]]] = []
-        rejects: list[Reject] = []
+    def values(self, block: Block, keys: Sequence[str]) -> Iterator[list[Any] | Reject]:
+        """Whatever JSON values stand under some keys, or a reject, of each record in turn."""
         paths = [tuple(key.split(".")) for key in keys]
         for index, record in enumerate(block.records):
+            if block.kind == "json" and not record.strip():
+                yield nothing_in(block, index, "blank line")
+                continue
             try:
                 if block.kind == "text":
                     raise BadRecord("not JSON", "records with fields are needed, this is plain text")
-                if block.kind == "json" and not record.strip():
-                    rejects.append(Reject(block.where(index), "blank line", "nothing in it", record, harmless=True))
-                    continue
                 value = record if block.kind == "row" else parse(record.removeprefix(BOM))
-                rows.append((index, [self._follow(value, path) for path in paths]))
+                found: list[Any] | Reject = [self._follow(value, path) for path in paths]
             except BadRecord as error:
-                rejects.append(Reject(block.where(index), error.reason, error.detail, _raw(record)))
-        return rows, rejects
+                found = rejected(block, index, error)
+            yield found
 
     def _values(self, block: Block, index: int, record: Any) -> Sequence[str]:
         if block.kind == "json":
@@ -178,6 +178,16 @@ class Reader:
         )
 
 
+def rejected(block: Block, index: int, error: BadRecord) -> Reject:
+    """A record of a block that cannot be used."""
+    return Reject(block.where(index), error.reason, error.detail, _raw(block.records[index]))
+
+
+def nothing_in(block: Block, index: int, reason: str) -> Reject:
+    """A record of a block that holds nothing to lose."""
+    return Reject(block.where(index), reason, "nothing in it", _raw(block.records[index]), harmless=True)
+
+
 class _Object(dict):  # type: ignore[type-arg]
     """A JSON object that remembers which of its keys were given more than once."""
 
@@ -192,12 +202,16 @@ def parse(record: bytes) -> Any:
     """
     try:
         text = record.decode(errors="surrogateescape")
-        # parse_int: a number of 5000 digits in a field nobody asked for is none of our business
-        return json.loads(text, object_pairs_hook=_object, parse_int=float)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except RecursionError as error:
         raise BadRecord("nested too deep", "the JSON is nested more than about 1000 deep") from error
     except ValueError as error:
         raise BadRecord("broken JSON", f"not valid JSON ({error})") from error
+
+
+def _integer(digits: str) -> int | float:
+    # a number of 5000 digits, which int() refuses, in a field nobody asked for is none of our business
+    return int(digits) if len(digits) <= INTEGER_DIGITS else float(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> _Object:

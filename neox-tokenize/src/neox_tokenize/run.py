@@ -17,7 +17,7 @@ from libneox.errors import DataError, UsageError
 from libneox.files import atomic_write, check_output, human_bytes
 from libneox.lookahead import Lookahead
 from libneox.progress import Progress
-from libneox.stream import StreamHeader, StreamWriter, TokenBatch
+from libneox.stream import StreamHeader, StreamWriter
 from libneox.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from neox_tokenize.blocks import Limits
 from neox_tokenize.chat import ChatEncoder, ChatRules, chat_encoder
@@ -193,19 +193,11 @@ def encoded_blocks(options: Options, encoder: Encoder, source: Lookahead | None 
     for encoded in in_order(encoder, options.inputs().blocks(source), options.workers):
         count = len(encoded.batches[0])
         if left is not None and count >= left:
-            yield Encoded([_first(batch, left) for batch in encoded.batches], encoded.rejects, encoded.text_bytes)
+            yield encoded.first(left)
             return
         if left is not None:
             left -= count
         yield encoded
-
-
-def _first(batch: TokenBatch, documents: int) -> TokenBatch:
-    lengths = batch.lengths[:documents]
-    tokens = int(lengths.sum())
-    labels = None if batch.labels is None else batch.labels[:tokens]
-    rewards = None if batch.rewards is None else batch.rewards[:documents]
-    return TokenBatch(batch.values[:tokens], lengths, labels, rewards, key=batch.key)
 
 
 def end_of_document(tokenizer: Tokenizer, options: Options) -> int | None:
@@ -264,7 +256,12 @@ def mask_pattern(tokenizer: Tokenizer, options: Options) -> tuple[int, ...] | No
                 f"--mask-before {text}: {max(ids)} is not below the vocabulary size {tokenizer.vocab_size}"
             )
         return ids
-    encoded = tokenizer.encode(text.encode().decode("unicode_escape"), add_special_tokens=False)
+    try:  # escapes such as \n are meant; other characters, whatever their script, stay what they are
+        plain = text.encode("latin-1", errors="backslashreplace").decode("unicode_escape")
+        plain.encode()
+    except UnicodeError as error:
+        raise UsageError(f"--mask-before {text}: not a text with valid escapes ({error})") from error
+    encoded = tokenizer.encode(plain, add_special_tokens=False)
     if not encoded:
         raise UsageError("--mask-before encodes to nothing")
     return tuple(encoded)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from libneox.errors import DataError, InputMissing, IntegrityError, UsageError
+from libneox.errors import IntegrityError, UsageError
+from libneox.sums import read_sums
 
 
 class Hashed:
@@ -32,7 +31,7 @@ class Hashed:
 
 
 class Sums:
-    """A list as `sha256sum` writes it: a hash and a name a line; names count from the list's own folder.
+    """A list as `sha256sum` writes it; names count from the list's own folder.
 
     Raises:
         InputMissing, DataError: there is no such list, or it is none.
@@ -40,17 +39,8 @@ class Sums:
 
     def __init__(self, file: str):
         self._file = file
-        try:
-            lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        except OSError as error:
-            raise InputMissing(f"{file}: {error.strerror}") from error
-        self._sums: Mapping[Path, str] = dict(self._entry(number, line) for number, line in enumerate(lines, 1))
-
-    def _entry(self, number: int, line: str) -> tuple[Path, str]:
-        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
-        if found is None:
-            raise DataError(f"{self._file}:{number}: not a line of sha256sum's")
-        return (Path(self._file).parent / found[2]).resolve(), found[1].lower()
+        folder = Path(file).parent
+        self._sums = {(folder / name).resolve(): digest for name, digest in read_sums(file).items()}
 
     def check(self, path: str, read: Hashed) -> None:
         """Raise IntegrityError if a file is not what the list says, and UsageError if the list does not name it."""

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from libneox.cli import warn
-from libneox.errors import DataError, UsageError
+from libneox.errors import INTERRUPTED, DataError, UsageError
 from libneox.files import atomic_write, check_output, human_bytes
 from libneox.progress import Progress
 from libneox.tokenizer import JsonTokenizer
@@ -52,8 +55,8 @@ def train_tokenizer(
         show_progress=False,
     )
     seen = _Seen()
-    with open_rejects(PROG, options.on_error, force=options.force) as rejects:
-        backend.train_from_iterator(_texts(options, rejects, seen), trainer)
+    with _interruptible() as pool, open_rejects(PROG, options.on_error, force=options.force) as rejects:
+        pool.submit(backend.train_from_iterator, _texts(options, rejects, seen), trainer).result()
     if seen.error is not None:
         raise seen.error  # tokenizers would have wrapped it
     if not seen.documents:
@@ -70,6 +73,21 @@ def train_tokenizer(
         warn(PROG, f"{out}: {size} ids{note}, from {seen.documents:,} documents, {human_bytes(seen.size)} of text")
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[ThreadPoolExecutor]:
+    """A thread for the library, which looks at no signal until it is done, so that this one can.
+
+    Ended by a signal, the process stops at once: Python cannot be taken down while the library may call into it.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    except Exception:
+        raise
+    except BaseException as error:
+        os._exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM)
+
+
 class _Seen:
     """What went past the trainer, and the error that stopped it."""
 
@@ -84,13 +102,15 @@ def _texts(options: Options, rejects: Rejects, seen: _Seen) -> Iterator[list[str
         try:
             for block in options.inputs().blocks():
                 columns, rejected = reader.texts(block)
-                rejects.take(rejected)
-                texts = [text for column in columns for text in column]
                 if options.limit is not None:
-                    texts = texts[: options.limit - seen.documents]
-                seen.documents += len(texts)
+                    left = options.limit - seen.documents
+                    columns = [column[:left] for column in columns]
+                    rejected = [reject for reject in rejected if reject.before < left]
+                rejects.take(rejected)
+                seen.documents += len(columns[0])
+                texts = [text for column in columns for text in column]
                 seen.size += sum(map(len, texts))
-                progress.update(len(texts))
+                progress.update(len(columns[0]))
                 yield texts
                 if seen.documents == options.limit:
                     return
