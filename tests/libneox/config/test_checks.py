@@ -31,6 +31,7 @@ Error = Callable[..., str]
         ("split: '0,0'", "leaves no documents"),
         ("dataset_impl: pairwise", "packed cuts preference pairs apart"),
         ("zero_optimization: {stage: 4}", "zero_optimization.stage: expected 0, 1, 2 or 3, found 4"),
+        ("zero_optimization: {mics_shard_size: 4}", "mics_shard_size: is not supported: DeepSpeed 0.19 has no MiCS"),
         ("optimizer: {type: onebitadam}", "onebitadam is 1-bit Adam, which DeepSpeed dropped after version 0.19.6"),
         ("optimizer: {type: adm}", "'adm' is no optimizer; did you mean adam?"),
         ("optimizer: {type: 3}", "optimizer.type: expected the name of an optimizer, found 3"),

@@ -37,6 +37,12 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {  # type to the arguments it takes
 }
 MUP_OPTIMIZERS = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "sgd", "lion", "sm3")  # muP says how rates scale
 _ONEBIT = "is 1-bit Adam, which DeepSpeed dropped after version 0.19.6; use adam"
+_GONE_FROM_ZERO = {
+    "mics_shard_size": "MiCS",
+    "mics_hierarchical_params_gather": "MiCS",
+    "zeropp_loco_param": "LoCo-ZeRO++",
+    "grad_partitioned": "such setting of ZeRO",
+}
 _PAIRS = ("train", "valid", "test")
 _NUMBERS = ("lr", "momentum", "dampening", "beta", "beta2_decay", "eps", "d", "ns_steps", "adam_lr")
 
@@ -210,6 +216,9 @@ class _Check:
             stage = section.get("stage", 0)
             if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
                 self.bad("zero_optimization.stage", f"expected 0, 1, 2 or 3, found {stage!r}")
+            for name, what in _GONE_FROM_ZERO.items():
+                if name in section:
+                    self.bad(f"zero_optimization.{name}", f"is not supported: DeepSpeed 0.19 has no {what}; remove it")
 
 
 def _is_number(value: Any) -> bool:
