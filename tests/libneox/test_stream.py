@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import tempfile
 import threading
 
 import numpy as np
@@ -88,6 +90,19 @@ def test_every_truncation_is_an_error() -> None:
     for cut in range(end_mark):
         with pytest.raises(DataError):
             list(StreamReader(io.BytesIO(data[:cut])))
+
+
+def test_a_flipped_bit_is_an_error_of_the_data_or_harmless() -> None:
+    """No pipe flips bits, but a file may; then no error of Arrow's own, and no crash, comes through."""
+    data = written(batch([1, 2], [3]), batch([4] * 50))
+    for position in range(len(data)):
+        for bit in (position % 8, (position + 3) % 8):
+            flipped = bytearray(data)
+            flipped[position] ^= 1 << bit
+            with tempfile.TemporaryFile() as file, contextlib.suppress(DataError):
+                file.write(flipped)
+                file.seek(0)
+                list(StreamReader(file))
 
 
 def test_a_writer_that_fails_writes_no_trailer() -> None:

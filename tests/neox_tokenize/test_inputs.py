@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from libneox.errors import DataError, InputMissing, IntegrityError, UnsafeInput, UsageError
+from libneox.errors import DataError, InputMissing, IntegrityError, NeoxError, UnsafeInput, UsageError
 from tests.peak_memory import measured
 
 TEXTS = ["first\nwith two lines", "ünïcödé 😀 日本語", " ", "x" * 300]
@@ -266,11 +267,12 @@ def test_joined_archives_are_refused_rather_than_lost(tokenize) -> None:
 def test_every_damaged_header_of_a_tar_is_an_error(tokenize) -> None:
     """tarfile ends without a word at the first header whose checksum is wrong."""
     whole = tar(MEMBERS)
-    for member in range(1, 4):
+    for member in range(4):
         data = bytearray(whole)
         data[member * 1024 + 10] ^= 1
         with pytest.raises(DataError, match="damaged"):
             tokenize(bytes(data), "data")
+    assert tokenize("x" * 257 + "ustar" + "x" * 400, "a.txt").texts == ["x" * 257 + "ustar" + "x" * 400]
 
 
 def test_compressed_archives_are_read_to_their_end(tokenize) -> None:
@@ -290,6 +292,12 @@ def test_a_damaged_member_of_a_zip(tokenize) -> None:
         data[position] ^= 0x55
         with pytest.raises(DataError):
             tokenize(bytes(data), "data")
+    for position in range(start + 40, len(whole)):  # its directory
+        for bit in range(0, 8, 3):
+            data = bytearray(whole)
+            data[position] ^= 1 << bit
+            with contextlib.suppress(NeoxError):
+                tokenize(bytes(data), "data")
 
 
 def arrow_stream(texts: list[str]) -> bytes:
@@ -309,6 +317,11 @@ def test_arrow_streams_are_whole_and_all_are_read(tokenize) -> None:
             tokenize(one + two[:-cut], "data")
     with pytest.raises(DataError, match="damaged"):
         tokenize(one + b"tail", "data")
+    for position in range(len(one)):  # what Arrow does not check by itself would end in a crash
+        flipped = bytearray(one)
+        flipped[position] ^= 1 << position % 8
+        with contextlib.suppress(NeoxError):
+            tokenize(bytes(flipped), "data")
 
 
 def test_a_directory_as_gpt_neox_reads_it(tokenize, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+LARGEST_READ = 1 << 26  # a damaged length may ask for any amount, and a file makes room for it before it reads
+
 
 class Readable(Protocol):
     """Whatever can be read from: `read` gives at most `size` bytes, none only at the end."""
@@ -56,11 +58,11 @@ class Lookahead:
     def _fully(self, size: int) -> bytes:
         if size <= 0:
             return b""
-        data = self._source.read(size) or b""
+        data = self._source.read(min(size, LARGEST_READ)) or b""
         if len(data) == size or not data:
             return data
         parts, missing = [data], size - len(data)
-        while missing and (data := self._source.read(missing)):
+        while missing and (data := self._source.read(min(missing, LARGEST_READ))):
             parts.append(data)
             missing -= len(data)
         return b"".join(parts)

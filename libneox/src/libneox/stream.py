@@ -428,7 +428,9 @@ class _arrow_errors:  # noqa: N801 - used as a statement
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         import pyarrow as pa
 
-        if isinstance(error, OSError) and error.errno is None or isinstance(error, pa.ArrowInvalid):
+        if isinstance(error, MemoryError):  # one of Arrow's errors too
+            return
+        if isinstance(error, OSError) and error.errno is None or isinstance(error, pa.ArrowException):
             text = str(error).split("\n")[0]
             if "but only" in text or "but got" in text or "got " in text or "available" in text:
                 raise _truncated(self._name, f"in the middle of a batch ({text})") from error

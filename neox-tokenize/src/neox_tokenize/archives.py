@@ -10,6 +10,7 @@ form                 content
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import stat
@@ -33,9 +34,11 @@ def is_zip(head: bytes) -> bool:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether data starting with `head` is a tar archive: the checksum of its first header fits."""
+    """Whether data starting with `head` is a tar archive: its first header is marked as one, or its checksum fits."""
     if len(head) < tarfile.BLOCKSIZE:
         return False
+    if head[257:262] == b"ustar" and b"\0" in head[:257]:
+        return True  # tarfile says what is wrong with it
     try:
         tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -107,8 +110,10 @@ def zip_blocks(path: str | None, name: str, limits: Limits, open_member: OpenMem
                     )
                 with archive.open(member) as content:
                     yield from open_member(Lookahead(content), where, None)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
-        # RuntimeError: encrypted
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+        # RuntimeError: encrypted; OSError without a file: a seek to where a damaged directory points
+        if isinstance(error, OSError) and (error.errno != errno.EINVAL or error.filename):
+            raise
         raise DataError(f"{name}: the zip archive cannot be read ({error})") from error
 
 

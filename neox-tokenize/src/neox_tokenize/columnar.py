@@ -32,6 +32,7 @@ def column_blocks(stream: Lookahead, name: str, path: str | None, head: bytes, k
     number = 1
     try:
         for batch in _batches(stream, name, path, head, [key.split(".")[0] for key in keys]):
+            batch.validate(full=True)  # offsets beyond the data would be read beyond the memory
             for start in range(0, len(batch), ROWS):
                 rows = batch.slice(start, ROWS).to_pylist()
                 yield Block(name, "row", "row", number, rows)
