@@ -9,12 +9,21 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from libneox.errors import InputMissing, OutputExists, UsageError
 
 CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Length and hex sha256 of a file, as manifests hold them."""
+
+    bytes: int
+    sha256: str
 
 
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from libneox.errors import DataError, InputMissing, IntegrityError, OutputExists
+from libneox.files import FileRecord as FileRecord
 from libneox.files import fsync_directory, sha256_file, write_text
 from libneox.legacy import is_legacy
 
@@ -48,14 +49,6 @@ VERSION = 1
 _STEP = re.compile(r"step_(\d+)\Z")
 _UNFINISHED = re.compile(r"step_\d+\.tmp-")
 Warn = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FileRecord:
-    """One file of a step: its length and the hex sha256 of its bytes."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from libneox.data.manifest import (
-    FileRecord,
     Manifest,
     load_tokenizer_of,
     manifest_path,
@@ -19,7 +18,7 @@ from libneox.data.manifest import (
 )
 from libneox.data.mmap import MMapDataset, pair_paths
 from libneox.errors import DataError, IntegrityError
-from libneox.files import sha256_file
+from libneox.files import FileRecord, sha256_file
 
 _ENTRIES = 1 << 20
 _TOKENS = 1 << 24

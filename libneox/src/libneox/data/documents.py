@@ -17,8 +17,8 @@ import numpy as np
 from libneox.data.mmap import MMapDataset
 from libneox.data.samples import (
     NO_LOSS,
-    Reading,
     Sample,
+    SampleSet,
     digest,
     fill,
     positions_of,
@@ -32,7 +32,7 @@ PACKINGS = ("packed", "pack_until_overflow", "unpacked")
 _CHUNK_TOKENS = 1 << 22
 
 
-class DocumentSamples(Reading):
+class DocumentSamples(SampleSet):
     """Samples of whole documents, padded on the right: token 0, label -100, reward 0.
 
     Args:

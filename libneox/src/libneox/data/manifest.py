@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from libneox.data.mmap import strip_suffix
 from libneox.errors import DataError, IntegrityError
+from libneox.files import FileRecord
 
 if TYPE_CHECKING:
     from libneox.tokenizer import Tokenizer
@@ -45,14 +46,6 @@ class TokenizerRecord:
     sha256: str
     vocab_size: int
     eod_id: int | None = None
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Length in bytes and hex sha256 of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)

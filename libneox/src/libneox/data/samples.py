@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -43,19 +44,23 @@ class Sample:
     rejected: Sample | None = None
 
 
-class SampleSet(Protocol):
+class SampleSet(ABC):
     """What training and evaluation read from."""
 
     @property
+    @abstractmethod
     def plan(self) -> list[list[int]]:
         """The segments of each dataset, to be stored in the checkpoint."""
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest of everything that decides the samples, except how many there are."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, indices: Sequence[int] | Array) -> Sample:
         """The samples at these positions, stacked in this order.
 
@@ -65,23 +70,10 @@ class SampleSet(Protocol):
 
     def get(self, i: int) -> Sample:
         """The sample at one position, not stacked."""
-
-    def batch(self, indices: Sequence[int] | Array) -> Array:
-        """Only the tokens of `read`, int64 [n, L + 1]."""
-
-
-class Reading:
-    """`get` and `batch` from `read`."""
-
-    def read(self, indices: Sequence[int] | Array) -> Sample:
-        raise NotImplementedError
-
-    def get(self, i: int) -> Sample:
-        """The sample at one position."""
         return unstack(self.read([i]))
 
     def batch(self, indices: Sequence[int] | Array) -> Array:
-        """The tokens of the samples at these positions, int64 [n, L + 1]."""
+        """Only the tokens of `read`, int64 [n, L + 1]."""
         return self.read(indices).tokens
 
 
@@ -126,7 +118,7 @@ def require_contiguous(data: MMapDataset) -> None:
         raise DataError(f"{data.prefix}: its sequences do not lie back to back; run neox-shard merge on it")
 
 
-class PackedSamples(Reading):
+class PackedSamples(SampleSet):
     """Samples cut from the shuffled documents lo..hi of a pair: GPT-NeoX's `packed`.
 
     Args:
@@ -199,7 +191,7 @@ class PackedSamples(Reading):
         return self._orders[segment]
 
 
-class HashedSamples(Reading):
+class HashedSamples(SampleSet):
     """Samples cut from the documents lo..hi in file order, visited in the keyed order. As many epochs as asked for.
 
     Raises:
@@ -263,7 +255,7 @@ class HashedSamples(Reading):
         return Sample(*arrays)
 
 
-class BlendedSamples(Reading):
+class BlendedSamples(SampleSet):
     """A mixture of sets: position s is served by the set that `libneox.data.blend` names.
 
     Args:
@@ -300,7 +292,7 @@ class BlendedSamples(Reading):
         return join(parts, np.argsort(np.concatenate(rows), kind="stable")) if parts else self._sets[0].read([])
 
 
-class PairedSamples(Reading):
+class PairedSamples(SampleSet):
     """Two aligned sets, preferred and rejected."""
 
     def __init__(self, preferred: SampleSet, rejected: SampleSet):

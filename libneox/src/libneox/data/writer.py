@@ -25,7 +25,6 @@ import numpy as np
 
 from libneox.data.manifest import (
     SUFFIXES,
-    FileRecord,
     Manifest,
     TokenizerRecord,
     manifest_path,
@@ -34,7 +33,7 @@ from libneox.data.manifest import (
 )
 from libneox.data.mmap import CODES, HEADER, MAGIC, pair_paths, strip_suffix
 from libneox.errors import DataError, NeoxError, OutputExists, UsageError
-from libneox.files import CHUNK_BYTES, check_output, fsync_directory
+from libneox.files import CHUNK_BYTES, FileRecord, check_output, fsync_directory
 
 LONGEST = 2**31 - 1  # tokens in a sequence: .idx stores int32
 _BLOCK = 1 << 20  # entries of the index handled at a time
