@@ -518,6 +518,20 @@ def test_view_decodes(run_command, config: Path, tokenizer) -> None:
     assert lines[0]["text"].encode() in text.stdout
 
 
+@pytest.mark.parametrize("key", ["tokenizer=bytes", "tokenizer_type=CharLevelTokenizer"])
+def test_view_decodes_with_the_tokenizer_of_the_configuration(run_command, config: Path, key: str) -> None:
+    """Of data that have none beside them."""
+    for name in ("a.json", "a.tokenizer.json"):
+        (config.parent / name).unlink()
+    command = ["neox-shard", "view", str(config), "--samples", "0:1", "--json"]
+    assert run_command(command).returncode == 2
+    run = run_command([*command, "--set", key])
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    shift = 2 if key == "tokenizer=bytes" else 0
+    assert found["text"] == bytes(token - shift for token in found["tokens"]).decode()
+
+
 def test_view_follows_a_run_that_was_made_longer(run_command, config: Path, tmp_path: Path) -> None:
     from libneox.config import load_config
     from libneox.data.splits import build_splits

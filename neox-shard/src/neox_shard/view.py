@@ -118,9 +118,8 @@ def _tokenizer(splits: Splits, config: NeoxConfig) -> Tokenizer:
         found = load_tokenizer_of(prefix)
         if found is not None:
             return found
-    path = config.get("vocab_file")
-    if path:
-        return load_tokenizer(path)
+    if config.tokenizer_source:
+        return load_tokenizer(config.tokenizer_source)
     raise UsageError(f"{splits.prefixes[0]}: no tokenizer beside it to decode with; name one with --tokenizer FILE")
 
 

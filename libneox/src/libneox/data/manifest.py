@@ -116,7 +116,10 @@ def load_tokenizer_of(prefix: str | os.PathLike[str]) -> Tokenizer | None:
     from libneox.tokenizer import Tokenizer
 
     manifest = read_manifest(prefix)
-    kind = next(kind for kind, suffix in SUFFIXES.items() if path.name.endswith(suffix))
+    if manifest and manifest.tokenizer:
+        kind = manifest.tokenizer.kind
+    else:
+        kind = next(kind for kind, suffix in SUFFIXES.items() if path.name.endswith(suffix))
     tokenizer = Tokenizer.from_bytes(kind, path.read_bytes(), name=str(path))
     if manifest and manifest.tokenizer and manifest.tokenizer.sha256 != tokenizer.fingerprint:
         raise IntegrityError(
