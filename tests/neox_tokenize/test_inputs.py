@@ -329,3 +329,7 @@ def test_a_directory_as_gpt_neox_reads_it(tokenize, tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"text": name}))
     assert tokenize(tmp_path, compat="neox").texts == ["a.jsonl", '{"text": "d.txt"}']
     assert len(tokenize(tmp_path).texts) == 4
+
+
+def test_a_text_may_begin_with_a_long_number(tokenize) -> None:
+    assert tokenize("1234567890123456 is a number", "x").texts == ["1234567890123456 is a number"]

@@ -53,7 +53,7 @@ def is_columnar(head: bytes) -> bool:
 
 def is_dat(head: bytes) -> bool:
     """Whether data starting with `head` is a .dat: a length of 16 digits, and another one behind that much text."""
-    if not re.match(rb"[0-9]{16}", head):
+    if not re.match(rb"0000[0-9]{12}", head):  # no document has a terabyte, but a text may begin with a long number
         return False
     following = head[DAT_LENGTH + int(head[:DAT_LENGTH]) :][:DAT_LENGTH]
     return re.fullmatch(rb"[0-9]{0,16}", following) is not None

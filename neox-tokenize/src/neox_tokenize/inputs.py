@@ -77,6 +77,7 @@ class Inputs:
                 if self.sums is None:
                     yield from self._blocks_of(Lookahead(file), *_names(path))
                 else:
+                    self.sums.require(path)
                     hashed = Hashed(file)
                     yield from self._blocks_of(Lookahead(hashed), *_names(path))
                     self.sums.check(path, hashed)

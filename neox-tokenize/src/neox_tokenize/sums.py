@@ -42,11 +42,15 @@ class Sums:
         folder = Path(file).parent
         self._sums = {(folder / name).resolve(): digest for name, digest in read_sums(file).items()}
 
-    def check(self, path: str, read: Hashed) -> None:
-        """Raise IntegrityError if a file is not what the list says, and UsageError if the list does not name it."""
+    def require(self, path: str) -> str:
+        """The hash that a file must have; UsageError if the list does not name it."""
         expected = self._sums.get(Path(path).resolve())
         if expected is None:
             raise UsageError(f"{path}: not in {self._file}, so it cannot be verified; leave it or --verify-hash out")
-        actual = read.finish()
+        return expected
+
+    def check(self, path: str, read: Hashed) -> None:
+        """Raise IntegrityError if a file is not what the list says."""
+        expected, actual = self.require(path), read.finish()
         if actual != expected:
             raise IntegrityError(f"{path}: sha256 is {actual[:12]}..., not {expected[:12]}... as {self._file} says")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
 import sys
 import time
@@ -182,3 +183,17 @@ def test_writing_keeps_no_list_of_documents(tmp_path: Path) -> None:
         assert grown < 2_000_000, f"{grown} bytes for 2 million documents in {time.perf_counter() - started:.1f} s"
         writer.commit()
     assert len(MMapDataset(tmp_path / "a")) == 2_100_000
+
+
+def test_a_tokenizer_of_the_users_own_is_not_replaced(make_pair, tmp_path: Path) -> None:
+    record = TokenizerRecord("tokenizer.json", hashlib.sha256(b"{1}").hexdigest(), 5)
+    (tmp_path / "a.tokenizer.json").write_bytes(b"{mine}")
+    with pytest.raises(OutputExists, match="a.tokenizer.json"):
+        make_pair("a", [[1]], tokenizer=record, tokenizer_data=b"{1}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tokenizer.json"]
+    (tmp_path / "a.tokenizer.json").write_bytes(b"{1}")  # the same one is no loss
+    make_pair("a", [[1]], tokenizer=record, tokenizer_data=b"{1}")
+    other = TokenizerRecord("tokenizer.json", hashlib.sha256(b"{2}").hexdigest(), 5)
+    (tmp_path / "a.idx").unlink()  # what a killed writer left is ours to replace
+    make_pair("a", [[1]], tokenizer=other, tokenizer_data=b"{2}")
+    assert (tmp_path / "a.tokenizer.json").read_bytes() == b"{2}"

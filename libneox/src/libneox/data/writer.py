@@ -78,6 +78,8 @@ class DatasetWriter:
         self._lock = _Lock(self.prefix)
         try:
             check_prefix(self.prefix, force=force)  # another writer may have finished while we waited for nothing
+            if tokenizer is not None and tokenizer_data is not None:
+                _check_tokenizer(self.prefix, tokenizer.kind, tokenizer_data, force=force)
             self._bin = self._create("bin")
             self._idx = self._create("idx")
             self._idx.write(bytes(HEADER.size))
@@ -296,6 +298,15 @@ def read_manifest_or_none(prefix: Path) -> Manifest | None:
 def _is_uncommitted(prefix: Path, data_path: Path) -> bool:
     manifest = read_manifest_or_none(prefix)
     return manifest is not None and data_path.is_file() and data_path.stat().st_size == manifest.bin.bytes
+
+
+def _check_tokenizer(prefix: Path, kind: str, data: bytes, *, force: bool) -> None:
+    """Raise OutputExists if a tokenizer of the user's own lies where that of the dataset belongs."""
+    path = tokenizer_path(prefix, kind)
+    if path.is_file() and (present := path.read_bytes()) != data:
+        manifest = read_manifest_or_none(prefix)
+        known = manifest.tokenizer.sha256 if manifest is not None and manifest.tokenizer is not None else None
+        check_output(path, force=force or hashlib.sha256(present).hexdigest() == known)
 
 
 def _remove_stale_tokenizer(prefix: Path, kind: str) -> None:
