@@ -77,6 +77,15 @@ def test_odd_descriptors(redirect: str, code: int, says: str) -> None:  # A-18, 
     assert "Traceback" not in done.stderr
 
 
+def test_a_closed_stdin_is_no_output_file(tmp_path: Path) -> None:  # A-18
+    """Its number would fall to the first file that is opened."""
+    line = f'"$0" -m neox_tokenize -t bytes -o {tmp_path}/o <&-'
+    done = subprocess.run(["bash", "-c", line, sys.executable], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 66
+    assert b"stdin is closed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:  # A-19
     file = tmp_path / "big.jsonl"
     file.write_bytes(JSONL * 20000)

@@ -48,7 +48,7 @@ def run(prog: str, default: Command, verbs: Mapping[str, Command] | None = None)
         command, name = verbs[argv[0]], f"{prog} {argv[0]}"
         argv = argv[1:]
     debug = "--debug" in argv
-    _open_stderr()
+    _hold_descriptors()
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         _typer_command(prog, name, command, verbs if command is default else {})(argv, name)
@@ -196,8 +196,15 @@ def _wrap(prog: str, command: Command) -> Command:
     return wrapper
 
 
-def _open_stderr() -> None:
-    """Make a stderr that the caller closed /dev/null: its number must not fall to a file, nor its lines to stdout."""
+def _hold_descriptors() -> None:
+    """Keep the numbers of a stdin and a stderr that the caller closed from files that are opened later.
+
+    In stdin's place is a directory, which cannot be read, in stderr's /dev/null. For stdout see `_private_stdout`.
+    """
+    try:
+        os.fstat(0)
+    except OSError:
+        os.open(os.sep, os.O_RDONLY)  # gets the lowest number
     try:
         os.fstat(2)
     except OSError:

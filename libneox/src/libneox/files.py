@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,9 +44,11 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _open_stdin() -> BinaryIO:
     try:
-        os.fstat(0)
-    except OSError as error:
-        raise InputMissing("stdin is closed; name a file or pipe something in") from error
+        is_open = not stat.S_ISDIR(os.fstat(0).st_mode)  # see libneox.cli; Python itself starts with no directory here
+    except OSError:
+        is_open = False
+    if not is_open:
+        raise InputMissing("stdin is closed; name a file or pipe something in")
     if os.isatty(0):
         raise UsageError("no input: stdin is a terminal; name a file, pipe something in, or see --help")
     return io.BufferedReader(io.FileIO(0, "rb", closefd=False), CHUNK_BYTES)
