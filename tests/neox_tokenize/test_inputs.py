@@ -333,3 +333,14 @@ def test_a_directory_as_gpt_neox_reads_it(tokenize, tmp_path: Path) -> None:
 
 def test_a_text_may_begin_with_a_long_number(tokenize) -> None:
     assert tokenize("1234567890123456 is a number", "x").texts == ["1234567890123456 is a number"]
+
+
+def test_archives_nested_without_end(tokenize) -> None:
+    """As one that unpacks to itself."""
+    data = b"text"
+    for _ in range(1000):
+        info = tarfile.TarInfo("x")
+        info.size = len(data)
+        data = info.tobuf() + data + bytes(-len(data) % 512 + 1024)
+    with pytest.raises(DataError, match="nested too deep"):
+        tokenize(data, "data")

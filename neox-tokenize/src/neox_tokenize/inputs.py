@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from libneox.cli import warn
 from libneox.decompress import decompressed
-from libneox.errors import InputMissing, UsageError
+from libneox.errors import DataError, InputMissing, UsageError
 from libneox.files import open_input
 from libneox.lookahead import Lookahead
 from neox_tokenize import archives
@@ -73,7 +74,7 @@ class Inputs:
             if opened is not None:
                 yield from self._blocks_of(opened, *_names(path))
                 continue
-            with open_input(path) as file:
+            with open_input(path) as file, _shallow(path):
                 if self.sums is None:
                     yield from self._blocks_of(Lookahead(file), *_names(path))
                 else:
@@ -139,6 +140,15 @@ class Inputs:
                 yield Block(name, "text", "document", 1, [document], [name])
         else:
             raise UsageError(f"--format {form}: one of {', '.join(FORMATS)}")
+
+
+@contextlib.contextmanager
+def _shallow(path: str) -> Iterator[None]:
+    """Refuse archives nested so deep that Python gives up, such as one that unpacks to itself."""
+    try:
+        yield
+    except RecursionError as error:
+        raise DataError(f"{path}: archives in archives, nested too deep; unpack them first") from error
 
 
 def gathered(blocks: Iterable[Block]) -> Iterator[Block]:

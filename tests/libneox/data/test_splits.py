@@ -153,6 +153,8 @@ def test_what_cannot_be_given_is_refused(make_pair, tmp_path: Path) -> None:
     for wrong in (
         {"order": "random"},
         {"packing": "tight"},
+        {"seed": 2**32},
+        {"seed": -1},
         {"data_path": None},
         {"sources": {"train": Sources(("a",))}},
         {"order": "hash", "packing": "unpacked"},

@@ -76,6 +76,8 @@ class DataSpec:
             raise UsageError(f"order: hash works with pack_impl: packed, not {self.packing}")
         if (self.data_path is None) == (not self.sources):
             raise UsageError("no data: give either data_path, or train_data_paths and the like")
+        if self.order == "neox" and not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed: {self.seed} is not between 0 and 4294967295, as order: neox needs it")
         if self.seq_length < 1:
             raise UsageError(f"seq_length: {self.seq_length} is not above 0")
         for name, sources in self.sources.items():
