@@ -44,11 +44,11 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
 
 def _open_stdin() -> BinaryIO:
     try:
-        is_open = not stat.S_ISDIR(os.fstat(0).st_mode)  # see libneox.cli; Python itself starts with no directory here
+        is_open = not stat.S_ISDIR(os.fstat(0).st_mode)  # libneox.cli puts one in the place of a closed stdin
     except OSError:
         is_open = False
     if not is_open:
-        raise InputMissing("stdin is closed; name a file or pipe something in")
+        raise InputMissing("stdin is closed or a directory; name a file or pipe something in")
     if os.isatty(0):
         raise UsageError("no input: stdin is a terminal; name a file, pipe something in, or see --help")
     return io.BufferedReader(io.FileIO(0, "rb", closefd=False), CHUNK_BYTES)
