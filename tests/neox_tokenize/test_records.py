@@ -249,3 +249,11 @@ def test_a_small_limit_holds_within_a_block(tokenize) -> None:
     with pytest.raises(DataError, match=r":4: a line: longer than"):
         tokenize(source, max_doc_bytes="1K")
     assert len(tokenize(source, max_doc_bytes="3K").ids[""]) == 5
+
+
+def test_mask_before_a_special_token(tokenize) -> None:
+    """It is looked for as the documents have it: as text, or as its id."""
+    source = lines({"text": "a<|padding|>b"})
+    for options in ({"allow_special": True}, {"compat": "neox"}):
+        assert tokenize(source, mask_before="<|padding|>", **options).labels[""] == [[-100, -100, 2 + ord("b")]]
+    assert tokenize(source, mask_before="<|padding|>").labels[""] == [[-100] * 12 + [2 + ord("b")]]

@@ -80,6 +80,11 @@ class Options:
         if len(set(self.keys)) != len(self.keys):
             raise UsageError("--key names the same key twice")
 
+    @property
+    def special_as_ids(self) -> bool:
+        """Whether special tokens written in a text become their ids."""
+        return self.allow_special or self.compat == "neox"
+
     def inputs(self) -> Inputs:
         """Where the records come from."""
         limits = Limits(self.max_doc_bytes, self.long)
@@ -226,7 +231,7 @@ def token_dtype(tokenizer: Tokenizer, options: Options) -> str:
 def choose_engine(tokenizer: Tokenizer, dtype: str, options: Options) -> Engine:
     """The engine that encodes: the fastest that gives the reference's ids; `--engine` insists on one."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads encodes a block of its own
-    allow_special = options.allow_special or options.compat == "neox"
+    allow_special = options.special_as_ids
     if options.engine != "tokenizers" and is_byte_tokenizer(tokenizer) and not allow_special:
         return ByteEngine(dtype)
     if options.engine != "tokenizers" and isinstance(tokenizer, JsonTokenizer):
@@ -261,7 +266,7 @@ def mask_pattern(tokenizer: Tokenizer, options: Options) -> tuple[int, ...] | No
         plain.encode()
     except UnicodeError as error:
         raise UsageError(f"--mask-before {text}: not a text with valid escapes ({error})") from error
-    encoded = tokenizer.encode(plain, add_special_tokens=False)
+    encoded = tokenizer.encode(plain, allow_special=options.special_as_ids, add_special_tokens=False)
     if not encoded:
         raise UsageError("--mask-before encodes to nothing")
     return tuple(encoded)
