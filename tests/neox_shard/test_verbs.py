@@ -552,7 +552,15 @@ def test_view_follows_a_run_that_was_made_longer(run_command, config: Path, tmp_
     assert run_command([*command, "--checkpoint", str(tmp_path / "none")]).returncode == 66
 
 
-SENSELESS = ["", "--samples 1:2 --steps 1:2", "--samples x", "--split dev --samples 0:1", "--split test --samples 0:1"]
+SENSELESS = [
+    "--samples 0:1 --json -o -",
+    "--samples 0:1 --tokenizer bytes -o -",
+    "",
+    "--samples 1:2 --steps 1:2",
+    "--samples x",
+    "--split dev --samples 0:1",
+    "--split test --samples 0:1",
+]
 
 
 @pytest.mark.parametrize("arguments", SENSELESS)

@@ -254,6 +254,7 @@ def test_options_that_do_nothing_with_a_stream_are_refused(run_command, tmp_path
         ["--max-doc-bytes", "much"],
         ["--workers", "0"],
         ["--engine", "fastest"],
+        ["--engine", "gigatoken"],
         ["--eod", "<nothing>"],
         ["--mask-before", "300"],
         ["--only-last"],

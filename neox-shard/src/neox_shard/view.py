@@ -54,6 +54,8 @@ def view_samples(
         raise UsageError(f"--split {split}: is one of {', '.join(NAMES)}")
     if (samples is None) == (steps is None):
         raise UsageError("give either --samples A:B or --steps A:B")
+    if out is not None and (as_json or tokenizer is not None):
+        raise UsageError("--json and --tokenizer are for text; an array (-o) holds the tokens alone")
     if out is not None and str(out) != "-":
         check_output(out, force=force)
     config = load_config(list(sources), overrides=list(overrides))

@@ -232,7 +232,7 @@ def choose_engine(tokenizer: Tokenizer, dtype: str, options: Options) -> Engine:
     """The engine that encodes: the fastest that gives the reference's ids; `--engine` insists on one."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads encodes a block of its own
     allow_special = options.special_as_ids
-    if options.engine != "tokenizers" and is_byte_tokenizer(tokenizer) and not allow_special:
+    if options.engine == "auto" and is_byte_tokenizer(tokenizer) and not allow_special:
         return ByteEngine(dtype)
     if options.engine != "tokenizers" and isinstance(tokenizer, JsonTokenizer):
         from neox_tokenize.gigatoken_engine import GigatokenEngine, Unsuitable
