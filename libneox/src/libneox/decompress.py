@@ -13,8 +13,10 @@ from libneox.errors import DataError
 from libneox.lookahead import Lookahead, Readable
 
 # One call may return as much as the compressed bytes it is fed hold, and zstd packs 128 KB into 4 bytes at best. So
-# the feed is small, and smaller still while the data looks like a bomb: memory stays bounded whatever comes.
+# the feed is small, and smaller still while the data looks like a bomb: memory stays bounded whatever comes. bzip2
+# packs 45 MB into 40 bytes; its library and xz's can be told how much to return.
 FEED_BYTES, CAUTIOUS_FEED_BYTES, CAUTIOUS_RATIO = 8192, 512, 200
+MOST_AT_ONCE = {"xz": 1 << 22, "bzip2": 1 << 22}
 READ_BYTES = 1 << 18
 MAX_WINDOW, MAX_LONG_WINDOW = 1 << 27, 1 << 31
 
@@ -85,16 +87,19 @@ class Decompressor:
 
     def _next(self) -> bytes:
         """Use up some compressed bytes and return what they give, possibly nothing."""
-        self._input = self._input or self._source.read(READ_BYTES)
-        if not self._input:
+        hungry = getattr(self._frame, "needs_input", True)  # if not, it holds back output
+        self._input = self._input or (self._source.read(READ_BYTES) if hungry else b"")
+        if hungry and not self._input:
             return self._finish()
         if self._frame is None:
             self._begin_frame()
             if not self._input:
                 return b""
-        piece, self._input = self._input[: self._feed], self._input[self._feed :]
+        feed = self._feed if hungry else 0
+        piece, self._input = self._input[:feed], self._input[feed:]
+        limit = [MOST_AT_ONCE[self._form]] if self._form in MOST_AT_ONCE else []
         try:
-            output: bytes = self._frame.decompress(piece)
+            output: bytes = self._frame.decompress(piece, *limit)
         except Exception as error:  # zstandard.ZstdError, zlib.error, LZMAError, OSError of bz2
             raise self._damaged(error) from error
         unused = b""
