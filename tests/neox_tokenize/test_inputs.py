@@ -227,6 +227,8 @@ def test_a_link_in_a_zip(tokenize) -> None:  # A-25
         pytest.param(zstd(bytes(1 << 28)), id="zeros"),
         pytest.param(zstd(b'{"text": "' + b"a" * (1 << 28) + b'"}'), id="a line"),
         pytest.param(zipped({"x": bytes(1 << 28)}), id="zip"),
+        pytest.param(zstd(tar({"a": b"text", "x": bytes(1 << 26)})), id="tar"),
+        pytest.param(zstd(tar({"x": tar({"y": b"a" * (1 << 26)})})), id="tar in a tar"),
     ],
 )
 def test_bombs(tokenize, data: bytes) -> None:

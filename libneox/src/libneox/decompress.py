@@ -154,7 +154,7 @@ class DecompressedLookahead(Lookahead):
 
     @property
     def compressed_bytes(self) -> int:
-        """Compressed bytes used so far."""
+        """See `Lookahead`."""
         return self._decompressor.consumed
 
 

@@ -27,6 +27,11 @@ class Lookahead:
         self._source = source
         self._head = b""
 
+    @property
+    def compressed_bytes(self) -> int | None:
+        """Compressed bytes behind what was given so far; None if the data is not compressed."""
+        return None
+
     def peek(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end of the source."""
         if len(self._head) < size:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 from libneox.decompress import decompressed
 from libneox.errors import DataError, UnsafeInput, UsageError
-from libneox.lookahead import Lookahead
+from libneox.lookahead import Lookahead, Readable
 from neox_tokenize.blocks import BLOCK_BYTES, READ_BYTES, Block, Limits, line_blocks, read_document
 
 DAT_LENGTH = 16
@@ -76,7 +76,7 @@ def tar_blocks(stream: Lookahead, name: str, open_member: OpenMember) -> Iterato
                 _check_member(member.name, where, plain=member.isfile())
                 content = archive.extractfile(member)
                 if content is not None and member.size:
-                    yield from open_member(Lookahead(content), where, None)
+                    yield from open_member(_Member(content, stream), where, None)
             end = source.behind(archive.offset)
     except tarfile.TarError as error:
         raise DataError(f"{name}: the tar archive is damaged or cut off ({error})") from error
@@ -206,6 +206,19 @@ def _check_member(member: str, where: str, *, plain: bool) -> None:
     parts = member.replace("\\", "/").split("/")
     if member.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", member):
         raise UnsafeInput(f"{where}: this path leads out of the archive; refused")
+
+
+class _Member(Lookahead):
+    """A member of a tar archive, which may be compressed as a whole."""
+
+    def __init__(self, content: Readable, archive: Lookahead):
+        super().__init__(content)
+        self._archive, self._started = archive, archive.compressed_bytes
+
+    @property
+    def compressed_bytes(self) -> int | None:
+        now = self._archive.compressed_bytes
+        return None if now is None or self._started is None else now - self._started
 
 
 class _LastBlock(io.RawIOBase):

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libneox.decompress import DecompressedLookahead
 from libneox.errors import DataError
 from libneox.files import human_bytes
 from libneox.lookahead import Lookahead
@@ -62,12 +61,12 @@ class Limits:
         """Raise DataError if a record of `size` bytes so far is too large, or grows like a bomb.
 
         Args:
-            started_at: `compressed_so_far(stream)` when the record began.
+            started_at: the stream's `compressed_bytes` when the record began.
         """
         if size > self.record_bytes:
             raise self.too_long(where)
-        if size > BOMB_BYTES and isinstance(stream, DecompressedLookahead):
-            used = compressed_so_far(stream) - started_at
+        if size > BOMB_BYTES and stream.compressed_bytes is not None:
+            used = stream.compressed_bytes - started_at
             if size > BOMB_RATIO * max(used, 1):
                 raise DataError(
                     f"{where}: {human_bytes(size)} out of {human_bytes(used)} compressed; refused as a bomb"
@@ -79,11 +78,6 @@ class Limits:
             f"{where}: longer than {human_bytes(self.record_bytes)}; --max-doc-bytes raises the limit"
             " (if memory allows), or the file is not what it seems"
         )
-
-
-def compressed_so_far(stream: Lookahead) -> int:
-    """Compressed bytes behind what `stream` has given; 0 for one that is not compressed."""
-    return stream.compressed_bytes if isinstance(stream, DecompressedLookahead) else 0
 
 
 def line_blocks(
@@ -104,7 +98,7 @@ def line_blocks(
         size += len(chunk)
         line_size = len(chunk) - cut if cut else line_size + len(chunk)
         if cut:
-            line_started = compressed_so_far(stream)
+            line_started = stream.compressed_bytes or 0
             unfinished += chunk.count(b"\n")
         else:
             limits.check(line_size, f"{source}:{unfinished}: a line", stream, line_started)
