@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from libneox.errors import InputMissing, NeoxError, PeerLost, UsageError
+from libneox.errors import InputMissing, PeerLost, StoppedEarly, UsageError
 from libneox.parallel.group import Group
 
 BEAT_S = 0.5
 DEAD_S = 6.0  # without a beat for so long a process is dead, or stopped
+LEFT = "null"  # instead of a beat: this rank is through, and the others are not waited for
 SHARED = (UsageError.exit_code, InputMissing.exit_code)  # failures of the run and not of the rank that met them first
 
 
@@ -47,10 +48,13 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._store is None:
             return
-        if error is not None and not (isinstance(error, NeoxError) and error.exit_code == 75):
+        # SystemExit is what the others raise when rank 0 fails at what it does for all (`Group.on_first`), and tells it
+        if error is not None and not isinstance(error, StoppedEarly | SystemExit):
             self._failed(error)
         self._done.set()
         self._thread.join(2 * BEAT_S)
+        with contextlib.suppress(Exception):  # rank 0 may be gone already
+            self._store.set(self._key(self._group.rank), LEFT)
 
     def mark(self, step: int) -> None:
         """Note that this rank got somewhere; called several times a step."""
@@ -99,22 +103,28 @@ class Watch:
             except Exception as error:  # the store is gone, and with it the process that serves it
                 if self._done.is_set():
                     return
-                self._leave(f"rank 0 is gone (step {self._step}; {type(error).__name__})", None)
+                self._leave(f"{self._group.served_by} is gone (step {self._step}; {type(error).__name__})", None)
 
     def _look(self, watched: list[int], seen: dict[int, tuple[Any, float, Any, float]], now: float) -> None:
+        hosts: dict[int, str] = {}
         for rank in watched:
             if not self._store.check([self._key(rank)]):
                 continue
-            beat, step, mark, host = json.loads(self._store.get(self._key(rank)))
+            text = self._store.get(self._key(rank)).decode()
+            if text == LEFT:  # from here on nobody waits for anybody
+                self._done.set()
+                return
+            beat, step, mark, hosts[rank] = json.loads(text)
             last = seen.get(rank, (beat, now, mark, now))
             seen[rank] = (beat, now if beat != last[0] else last[1], mark, now if mark != last[2] else last[3])
             if rank != self._group.rank and now - seen[rank][1] > DEAD_S:
-                self._leave(f"rank {rank} on {host} is dead or stopped: no sign of life since step {step}", None)
+                gone = f"rank {rank} on {hosts[rank]} is dead or stopped"
+                self._leave(f"{gone}: no sign of life since step {step}", None)
         if not self._group.is_first or len(seen) < len(watched):
             return  # who sees one rank alone cannot tell the one that hangs from those that wait for it
         slowest = min(seen, key=lambda rank: seen[rank][2])
         if now - max(s[3] for s in seen.values()) > self._timeout:
-            host = json.loads(self._store.get(self._key(slowest)))[3]
+            host = hosts[slowest]
             self._store.set("failed", json.dumps({"rank": slowest, "host": host, "step": self._step, "code": 69,
                                                   "reason": "hangs"}))  # fmt: skip
             if slowest == self._group.rank:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class Group:
         """
         self.rank, self.world_size, self.local_rank = launch.rank, launch.world_size, launch.local_rank
         self.timeout_s = timeout_s
-        self._count = 0
+        self._gathered = self._stood_by = 0
         self._launch = launch
         self._store: Any = None
         where = f"{launch.master_addr}:{launch.master_port}"
@@ -52,6 +53,7 @@ class Group:
                     self.world_size,
                     is_master=self.rank == 0 and not _agent_store(),
                     timeout=timedelta(seconds=rendezvous_s),
+                    wait_for_workers=False,  # `_meet` does, and names the one that is missing
                     multi_tenant=True,
                 )
                 # a rank that meets another job at this address must not be taken for one of it
@@ -73,7 +75,7 @@ class Group:
             is_master=False,
             timeout=timedelta(seconds=10),
         )
-        return dist.PrefixStore(f"neox-{prefix}", store)
+        return dist.PrefixStore(f"neox-{prefix}/{self._launch.job}", store)
 
     def _meet(self, rendezvous_s: float) -> None:
         """Wait until every rank is here, so that a missing one is named in seconds rather than by a hung collective."""
@@ -101,6 +103,11 @@ class Group:
         """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
+    @property
+    def served_by(self) -> str:
+        """Whose process the messages go through."""
+        return "the launcher" if _agent_store() else "rank 0"
+
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, in order of rank, on every rank. A barrier as well; every rank must call it.
 
@@ -109,9 +116,11 @@ class Group:
         """
         if self.world_size == 1:
             return [value]
-        self._count += 1
-        self._store.set(f"m/{self._count}/{self.rank}", json.dumps(value))
-        return [json.loads(self._take(f"m/{self._count}/{rank}", rank)) for rank in range(self.world_size)]
+        self._gathered = now = self._gathered + 1
+        if now > 2:  # everybody has answered the last one, so everybody has read the one before
+            self._store.delete_key(f"m/{now - 2}/{self.rank}")
+        self._store.set(f"m/{now}/{self.rank}", json.dumps(value))
+        return [json.loads(self._take(f"m/{now}/{rank}", rank)) for rank in range(self.world_size)]
 
     def tell(self, value: Any) -> Any:
         """What rank 0 gave, on every rank."""
@@ -149,8 +158,8 @@ class Group:
         Returns:
             Whether one of them did.
         """
-        self._count += 1
-        key = f"wait/{self._count}"
+        self._stood_by += 1
+        key = f"wait/{self._stood_by}"
         while True:
             stop = asked()
             if self.world_size > 1 and stop:
@@ -199,6 +208,4 @@ class Group:
 
 def _agent_store() -> bool:
     """torchrun's agent serves a store at MASTER_ADDR:MASTER_PORT itself, and says so."""
-    import os
-
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -46,7 +46,8 @@ class Launch:
 class _Family:
     """Variables of one launcher: rank, world size, local rank, local world size, what names the job, and hosts.
 
-    `mark` is the variable that gives the launcher away; default: rank or world size.
+    `mark` is the variable that gives the launcher away; default: rank or world size. `attempt` counts restarts of the
+    same job, which must not read each other's messages.
     """
 
     launcher: str
@@ -57,6 +58,7 @@ class _Family:
     job: tuple[str, ...] = ()
     hosts: str = ""
     mark: str = ""
+    attempt: str = ""
 
 
 _PMI = _Family("PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS",))
@@ -68,6 +70,7 @@ _FAMILIES = (
         ("LOCAL_RANK",),
         ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
         ("TORCHELASTIC_RUN_ID",),
+        attempt="TORCHELASTIC_RESTART_COUNT",
     ),
     _Family(
         "Open MPI",
@@ -141,6 +144,8 @@ def _from_family(family: _Family, env: Mapping[str, str]) -> Launch:
     if local_world is None or local is None:
         local, local_world = rank if local is None else local, world  # the most there can be
     job = _job(family.job, env)
+    if family.attempt in env:
+        job = f"{job}.{env[family.attempt]}"
     return _checked(rank, world, local, local_world, env, family.launcher, job, one_host=one_host)
 
 
