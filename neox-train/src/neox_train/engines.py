@@ -22,7 +22,6 @@ from neox_train.objective import build_objective
 from neox_train.optimizers import build_optimizer, kind_of, state_names
 from neox_train.resume import Start
 from neox_train.saving import restore_optimizer, restore_weights
-from neox_train.state import TrainState
 from neox_train.steps import Engine
 
 DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -113,7 +112,7 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
     return alone and not wants_deepspeed(config)
 
 
-def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState) -> None:
+def restore(config: NeoxConfig, engine: Engine, start: Start) -> None:
     """Give the engine its values: initial ones, or the checkpoint's."""
     source, model_config = start.source, engine.objective.model.config
     if source is None:
@@ -126,7 +125,7 @@ def restore(config: NeoxConfig, engine: Engine, start: Start, state: TrainState)
         restore_weights(engine, open_hf(source.path), {}, source.path)
         return
     with open_tensors(source.path) as model, open_tensors(source.path, "optimizer") as optimizer:
-        fresh = config.train.no_load_optim or (config.train.finetune and not start.own)
+        fresh = (config.train.no_load_optim and not start.again) or (config.train.finetune and not start.own)
         # finetune takes the rounded weights too: the masters are the same model, only finer
         restore_weights(engine, model, optimizer, source.path)
         stored = (read_trainer(source.path) or {}).get("optimizer")

@@ -89,7 +89,7 @@ def resolve_model(config: NeoxConfig, tokenizer: Tokenizer | None, source: Check
 
         stored = open_hf(source.path).config
     else:
-        stored = stored_config(source).model_config()
+        stored = stored_config(source.path).model_config()
     if config.get("padded_vocab_size") is None:
         ours = dataclasses.replace(ours, padded_vocab_size=stored.padded_vocab_size)
     if config.get("qk_norm_groups") is None:

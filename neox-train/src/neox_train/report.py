@@ -71,9 +71,10 @@ class Report:
         done = record["step"] % self._interval == 0 or record["step"] == self._last
         if not self._quiet:
             mean = self._sum / self._count
+            norm = math.inf if record["grad_norm"] is None else record["grad_norm"]  # of a skipped step
             text = (
                 f"step {record['step']}/{self._last}  loss {mean:.4f}  lr {record['lr']:.3e}  "
-                f"grad {record['grad_norm']:.3f}  {record['tokens_per_s']:,.0f} tokens/s  eta {clock(record['eta_s'])}"
+                f"grad {norm:.3f}  {record['tokens_per_s']:,.0f} tokens/s  eta {clock(record['eta_s'])}"
             )
             end, start = ("\n", "\r\x1b[K" if self._live else "neox-train: ") if done else ("", "\r\x1b[K")
             print(start + text, end=end, file=sys.stderr, flush=True)

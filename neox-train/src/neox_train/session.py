@@ -35,6 +35,7 @@ from neox_train.setup import prepare
 from neox_train.signals import StopRequest
 from neox_train.watch import Watch, is_communication
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed")  # of the CPU, CUDA and cuBLAS, as they say it
 LEAVE_S = 5.0  # how long a run that is stopped waits for copies of checkpoints
 
 
@@ -125,7 +126,8 @@ def _known(error: Exception, config: NeoxConfig, group: Group) -> NeoxError | No
     text = str(error).partition("\n")[0]
     if isinstance(error, NeoxError):
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    short = isinstance(error, RuntimeError) and any(words in text.lower() for words in NO_MEMORY)
+    if short or isinstance(error, MemoryError | torch.OutOfMemoryError):
         micro_batch = config.batch_plan(group.world_size).micro_batch
         return OutOfMemory(
             f"out of memory on rank {group.rank} after a peak of {memory_gb():.2f} GB ({text or 'host'}); lower "
@@ -239,9 +241,10 @@ def _start(config: NeoxConfig, group: Group) -> Start:
             "source": None if source is None else [str(source.path), source.kind, source.step],
             "own": found.own,
             "note": found.note,
+            "again": found.again,
         }
 
     told = group.on_first(look)
     source = told["source"]
     ref = None if source is None else CheckpointRef(Path(source[0]), source[1], source[2])
-    return Start(ref, told["own"], told["note"])
+    return Start(ref, told["own"], told["note"], told["again"])

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ def prepare(
         mark: told the step under way, each time this rank got somewhere.
     """
     plan = config.batch_plan(group.world_size)
-    seq_length = config.model.seq_length
+    seq_length = config.seq_length
+    assert seq_length is not None, "check_supported asks for it"
     state = first_state(config, start, plan.global_batch, seq_length)
     splits, train_iters = open_data(config, state, plan.global_batch)
     state.epochs = splits.epochs
@@ -68,59 +69,44 @@ def prepare(
     if config.train.char_level_ppl and tokenizer is None:
         raise UsageError("char_level_ppl: needs a tokenizer, and there is none beside the data; name it: vocab_file")
     model_config = resolve_model(config, tokenizer, start.source)
-    config = config.replace(
-        vocab_size=model_config.vocab_size,
-        padded_vocab_size=model_config.padded_vocab_size,
-        qk_norm_groups=model_config.qk_norm_groups if model_config.qk_norm == "joint" else None,
-    )
+    config, change = with_schedule(with_model(config, model_config), start, train_iters)
     mesh = mesh_of(config, plan, group)
-    kernel = speed.prefer_kernel(config, model_config, plan.micro_batch, DTYPES[config.compute_precision], device)
-    policy = recompute.choose(
-        config,
-        model_config,
-        DTYPES[config.compute_precision],
-        device,
-        world=group.world_size,
-        compiled=speed.compiles(config, device),
-    )
-    engine = build_engine(config.replace(checkpoint_policy=policy), model_config, device, mesh)
-    restore(config, engine, start, state)
+    engine, chosen = _engine(config, model_config, plan, device, mesh)
+    restore(config, engine, start)
     run = run_path(config)
     begin_metrics(run, group, state, own=start.own)
     report = _report(config, run, group, model_config, device, train_iters, stdout=stdout, quiet=quiet)
-    for note in (*splits.notes, *_notes(config, state, plan, device, kernel=kernel, policy=policy)):
+    if change:
+        report.warn(change)
+    for note in (*splits.notes, *chosen, *_notes(config, state, plan, device)):
         report.note(note)
     if config.train.checkpoint_validation_with_forward_pass and start.source is not None:
         _check_forward(config, engine, start.source, report)
+    if start.own and group.is_first:  # now that nothing can refuse to go on from there
+        for path in run_directory.set_aside(run, state.step):
+            report.warn(f"{path}: set aside, as the run goes on from step {state.step}; delete it if you like")
 
-    def batches(samples: SampleSet | None) -> Batches | None:
-        if samples is None or len(samples) == 0:
-            return None
-        eod = tokenizer.eod_id if tokenizer is not None else None
-        return batches_of(
-            config,
-            samples,
-            plan,
-            data_rank=mesh.data_rank,
-            data_group=mesh.groups.get("data"),
-            device=device,
-            vocab_size=model_config.vocab_size,
-            eod_id=eod,
-        )
-
+    batches = functools.partial(
+        _batches,
+        config,
+        plan,
+        data_rank=mesh.data_rank,
+        data_group=mesh.groups.get("data"),
+        device=device,
+        vocab_size=model_config.vocab_size,
+        eod_id=tokenizer.eod_id if tokenizer is not None else None,
+    )
     train = batches(splits.train)
     assert train is not None
-    by_token = config.optim.loss_weighting == "tokens"  # ranks agree on a divisor: collectives stay in one thread
-    ahead = Ahead(train) if config.speed.prefetch and not by_token else train
     return loop.Run(
         config,
         group,
         engine,
         state,
-        pick_schedule(config, start, train_iters),
+        config.lr_schedule(train_iters),
         train_iters,
         seq_length,
-        ahead,
+        _prefetched(config, train),
         batches(splits.valid),
         batches(splits.test),
         Saver(run, group, engine, describe(config, mesh, tokenizer)),
@@ -133,6 +119,30 @@ def prepare(
         tokenizer,
         tasks=tasks_of(config, run, group, device, stop, mark, report) if config.train.eval_tasks else None,
     )
+
+
+def _engine(
+    config: NeoxConfig, model: ModelConfig, plan: BatchPlan, device: torch.device, mesh: Mesh
+) -> tuple[Engine, list[str]]:
+    """The engine, its values not set yet, and what was chosen for it."""
+    dtype, compiled = DTYPES[config.compute_precision], speed.compiles(config, device)
+    kernel = speed.prefer_kernel(config, model, plan.micro_batch, dtype, device)
+    policy = recompute.choose(config, model, dtype, device, world=mesh.world_size, compiled=compiled)
+    chosen = []
+    if policy != recompute.policy_of(config):
+        chosen.append(f"checkpoint_policy: {policy}, so that it fits the memory of the device")
+    if kernel:
+        chosen.append(f"attention_kernel: {kernel}")
+    return build_engine(config.replace(checkpoint_policy=policy), model, device, mesh), chosen
+
+
+def _batches(config: NeoxConfig, plan: BatchPlan, samples: SampleSet | None, **more: Any) -> Batches | None:
+    return None if samples is None or len(samples) == 0 else batches_of(config, samples, plan, **more)
+
+
+def _prefetched(config: NeoxConfig, train: Batches) -> Batches | Ahead:
+    by_token = config.optim.loss_weighting == "tokens"  # ranks agree on a divisor: collectives stay in one thread
+    return Ahead(train) if config.speed.prefetch and not by_token else train
 
 
 def _report(
@@ -159,14 +169,8 @@ def _report(
     )
 
 
-def _notes(
-    config: NeoxConfig, state: TrainState, plan: BatchPlan, device: torch.device, *, kernel: str, policy: str
-) -> Iterator[str]:
-    """What was chosen for the user."""
-    if policy != recompute.policy_of(config):
-        yield f"checkpoint_policy: {policy}, so that it fits the memory of the device"
-    if kernel:
-        yield f"attention_kernel: {kernel}"
+def _notes(config: NeoxConfig, state: TrainState, plan: BatchPlan, device: torch.device) -> Iterator[str]:
+    """What the user might wonder about."""
     if speed.compiles(config, device):
         yield "compile: the first step takes the time of a compilation"
     if state.samples != state.step * plan.global_batch:
@@ -246,24 +250,34 @@ def first_state(config: NeoxConfig, start: Start, global_batch: int, seq_length:
     if stored is None:  # an imported model without a training state
         return TrainState()
     state = TrainState.from_json(stored, global_batch=global_batch, seq_length=seq_length)
-    if config.train.no_load_rng:
+    if config.train.no_load_rng and not start.again:
         state.rng_base = state.step
     return state
 
 
-def pick_schedule(config: NeoxConfig, start: Start, train_iters: int) -> Any:
-    """The learning rate: the configuration's, or with `use_checkpoint_lr_scheduler` the checkpoint's."""
-    ours = config.lr_schedule(train_iters)
+def with_model(config: NeoxConfig, model: ModelConfig) -> NeoxConfig:
+    """The configuration with what the data and the checkpoint have settled of the model."""
+    return config.replace(
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        qk_norm_groups=model.qk_norm_groups if model.qk_norm == "joint" else None,
+    )
+
+
+def with_schedule(config: NeoxConfig, start: Start, train_iters: int) -> tuple[NeoxConfig, str]:
+    """The configuration with the learning rate that holds, and what is to be said of a change.
+
+    With `use_checkpoint_lr_scheduler` it is the checkpoint's; the run's own checkpoints hold it too, so that they are
+    continued at the same rate.
+    """
     if start.source is None or start.source.kind == "hf" or config.train.finetune:
-        return ours
-    stored = stored_config(start.source)
+        return config, ""
+    ours, stored = config.lr_schedule(train_iters), stored_config(start.source.path)
     theirs = stored.lr_schedule(stored.train.train_iters or train_iters)
+    if theirs == ours:
+        return config, ""
     if config.train.use_checkpoint_lr_scheduler:
-        return theirs
-    if theirs != ours and not config.train.override_lr_scheduler:
-        print(
-            f"neox-train: the learning rate changes from {theirs.describe()} to {ours.describe()}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return ours
+        keys = dataclasses.asdict(stored.schedule) | {"lr_decay_iters": theirs.horizon, "lr_decay_fraction": None}
+        return config.replace(**keys, **{"optimizer.params.lr": theirs.lr}), ""
+    told = not config.train.override_lr_scheduler
+    return config, f"the learning rate changes from {theirs.describe()} to {ours.describe()}" if told else ""
