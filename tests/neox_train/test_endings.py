@@ -19,6 +19,7 @@ import torch
 from libneox import run_directory
 from libneox.errors import DataError, InputMissing, NeoxError, OutOfMemory, StorageError
 from neox_train import loop, session
+from neox_train.engine import DeepSpeedEngine
 
 
 def test_a_second_sigint_leaves_within_a_moment_and_says_so(tmp_path: Path) -> None:
@@ -80,6 +81,28 @@ def test_sigterm_at_awkward_moments(train, config, losses, monkeypatch, moment: 
     assert losses(run) == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_long_evaluation_is_left_out(train, config, losses, monkeypatch, at_the_end: bool, tmp_path: Path) -> None:
+    """A launcher does not wait for a hundred batches."""
+    evaluated: list[int] = []
+    evaluate = DeepSpeedEngine.evaluate
+
+    def signalled(self: DeepSpeedEngine, batches: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluated.append(1)
+        return evaluate(self, batches)
+
+    path, run = config(eval_interval=1000 if at_the_end else 4, eval_iters=5), tmp_path / "RUN"
+    with monkeypatch.context() as patch:
+        patch.setattr(DeepSpeedEngine, "evaluate", signalled)
+        train(path, "-q", code=75)
+    assert len(evaluated) == 1
+    assert run_directory.list_steps(run) == [8 if at_the_end else 4]
+    train(path, "-q")
+    assert len(losses(run)) == 8
+    assert (run_directory.read_status(run) or {})["evaluation"]["valid_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("raised", "seen", "code"),
     [
@@ -87,6 +110,7 @@ def test_sigterm_at_awkward_moments(train, config, losses, monkeypatch, moment: 
         (MemoryError(), OutOfMemory, 71),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), OutOfMemory, 71),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory, 71),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), OutOfMemory, 71),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl"), StorageError, 74),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), InputMissing, 66),
         (ZeroDivisionError("a bug"), ZeroDivisionError, 1),
@@ -128,8 +152,8 @@ def test_errors_before_the_first_step_are_in_the_status(train, config, tmp_path:
     assert (run_directory.read_status(tmp_path / "RUN") or {})["code"] == 2
 
 
-@pytest.mark.parametrize("where", ["weight", "loss", "gradient"])
-def test_what_is_not_finite_is_named(train, config, monkeypatch, where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "stage"), [("weight", 0), ("loss", 0), ("gradient", 0), ("gradient", 1)])
+def test_what_is_not_finite_is_named(train, config, monkeypatch, where: str, stage: int, tmp_path: Path) -> None:
     """Step, rank, samples and the first bad weight; no such step is ever saved."""
     step, run = loop.one_step, tmp_path / "RUN"
 
@@ -147,11 +171,14 @@ def test_what_is_not_finite_is_named(train, config, monkeypatch, where: str, tmp
         return step(work)
 
     monkeypatch.setattr(loop, "one_step", poison)
-    done = train(config(checkpoint_factor=1, zero_optimization={"stage": 0}), "-q", code=80)
+    done = train(config(checkpoint_factor=1, zero_optimization={"stage": stage}), "-q", code=80)
     assert "step 5: " in done.stderr
     assert "samples 16 to 19" in done.stderr
     assert "nothing of this step is saved" in done.stderr
-    if where != "gradient":
+    if where == "gradient":
+        assert "(loss " in done.stderr
+        assert "samples 16 to 19; the first is that of layers.1.mlp.up.weight)" in done.stderr
+    else:
         named = "layers.1.mlp.up.weight of rank 0 is not finite" if where == "weight" else "all weights are finite"
         assert f"(rank 0, samples 16 to 19; {named})" in done.stderr
     assert run_directory.list_steps(run) == [1, 2, 3, 4]

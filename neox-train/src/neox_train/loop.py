@@ -97,12 +97,10 @@ def one_step(run: Run) -> str:
     state, engine, plan = run.state, run.engine, run.train.plan
     started = time.perf_counter()
     lr = run.schedule.lr_at(state.updates)
-    # neighbours that share a model draw the same numbers (and others of their own where each does a part of the work)
-    torch.manual_seed(state.random_seed(run.config.train.seed, run.group.rank // run.config.tensor_parallel))
     for observer in run.observers:
         observer.begin_step(state.step + 1)
     length = run.curriculum.length_at(state.step + 1) if run.curriculum is not None else run.seq_length
-    mean = engine.backward(marked(run, run.train.step(state.samples, length), state.step + 1)).item()
+    mean = backward(run, length)
     total, stop, written = run.group.sum([mean, float(bool(run.stop)), float(run.saver.written)], engine.device)
     if written == run.group.world_size:
         settle(run)
@@ -115,10 +113,7 @@ def one_step(run: Run) -> str:
     outcome = engine.step(lr)
     scaler = engine.scalars().get("loss_scaler") if outcome.skipped else None
     if outcome.skipped and scaler is None:
-        raise NonFiniteLoss(
-            f"step {state.step + 1}: the gradient is not finite (loss {loss:.4f}, samples {state.samples} to "
-            f"{state.samples + plan.global_batch - 1}); nothing of this step is saved, lower the learning rate"
-        )
+        raise NonFiniteLoss(blame_gradient(run, loss, length))
     tokens = plan.global_batch * length
     state.step += 1
     state.samples += plan.global_batch
@@ -135,11 +130,21 @@ def one_step(run: Run) -> str:
     seconds = time.perf_counter() - started
     if not stop and run.valid is not None and state.step % run.config.train.eval_interval == 0:
         number = state.step // run.config.train.eval_interval - 1
-        record |= evaluation(run, run.valid, "valid", number)
+        figures = evaluation(run, run.valid, "valid", number)
+        record |= figures or {}
+        stop = float(figures is None)
     run.report.step(record, seconds, tokens, length)
     for observer in run.observers:
         observer.end_step(record)
     return (run.stop.name or "a signal to another rank") if stop else ""
+
+
+def backward(run: Run, length: int) -> float:
+    """Add up the gradients of the coming step; returns their mean loss. Done again, it gives the same."""
+    state, seed = run.state, run.config.train.seed
+    # neighbours that share a model draw the same numbers (and others of their own where each does a part of the work)
+    torch.manual_seed(state.random_seed(seed, run.group.rank // run.config.tensor_parallel))
+    return run.engine.backward(marked(run, run.train.step(state.samples, length), state.step + 1)).item()
 
 
 def marked(run: Run, batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
@@ -163,6 +168,19 @@ def blame(run: Run, loss: float, own: float) -> str:
     )
 
 
+def blame_gradient(run: Run, loss: float, length: int) -> str:
+    """Say in which tensor it was, on which samples; the engine has let go of the gradient, so it is computed again."""
+    backward(run, length)
+    names = run.engine.names()
+    bad = next((name for name in names if not bool(torch.isfinite(run.engine.gradient(name)).all())), "")
+    where = f"the first is that of {bad}" if bad else "computed again it is: suspect the memory"
+    first = run.state.samples
+    return (
+        f"step {run.state.step + 1}: the gradient is not finite (loss {loss:.4f}, samples {first} to "
+        f"{first + run.train.plan.global_batch - 1}; {where}); nothing of this step is saved, lower the learning rate"
+    )
+
+
 def first_bad(engine: Engine) -> str:
     """The first of this rank's weights, in the model's order, that is not finite; an empty text if all are."""
     for name, parameter in engine.objective.model.named_parameters():
@@ -171,8 +189,12 @@ def first_bad(engine: Engine) -> str:
     return ""
 
 
-def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, float]:
-    """Mean loss over `eval_iters` global batches: those of the `number`th evaluation, so that all see other samples."""
+def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, float | None] | None:
+    """Mean loss over `eval_iters` global batches: those of the `number`th evaluation, so that all see other samples.
+
+    A figure that is not finite is None, as JSON has no word for it. Instead of all figures None: a rank was asked to
+    stop, and there is no time for this.
+    """
     rounds = run.config.train.eval_iters
     if rounds == 0:
         return {}
@@ -182,14 +204,19 @@ def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, 
     for index in range(number * rounds, (number + 1) * rounds):
         made = marked(run, batches.step(index * batches.plan.global_batch), run.state.step)
         losses.append(run.engine.evaluate(made if characters is None else characters.counted(made)))
+        if any(run.group.sum([float(bool(run.stop))], run.engine.device)):
+            break
     run.engine.train(True)
+    if len(losses) < rounds:
+        run.report.note(f"step {run.state.step}: the {name} loss is left out, the run is to stop")
+        return None
     (total,) = run.group.sum([torch.stack(losses).mean().item()], run.engine.device)
     loss = total / run.group.world_size
     run.report.note(f"step {run.state.step}: {name} loss {loss:.4f}, perplexity {safe_exp(loss):.4g}")
     figures = {f"{name}_loss": loss, f"{name}_ppl": safe_exp(loss)}
     if characters is not None:
         figures[f"{name}_char_ppl"] = safe_exp(loss * characters.tokens_each(run.group, run.engine.device))
-    return figures
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def safe_exp(value: float) -> float:
@@ -265,12 +292,20 @@ def tolerate(run: Run, error: StorageError, *, last: bool) -> None:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The evaluations after the last step: the figures, by name."""
+    """The evaluations after the last step: the figures, by name.
+
+    Raises:
+        StoppedEarly: a signal.
+    """
     results: dict[str, Any] = {}
-    if run.valid is not None:
-        results |= evaluation(run, run.valid, "valid", run.train_iters // run.config.train.eval_interval)
-    if run.test is not None:
-        results |= evaluation(run, run.test, "test", 0)
+    last = run.train_iters // run.config.train.eval_interval
+    for batches, name, number in ((run.valid, "valid", last), (run.test, "test", 0)):
+        figures = {} if batches is None else evaluation(run, batches, name, number)
+        if figures is None:
+            raise StoppedEarly(
+                "stopped after the last step, in its evaluation, state saved; run the same command again"
+            )
+        results |= figures
     if run.tasks is not None and run.train_iters > 0:
         results |= task_figures(run)
     return results

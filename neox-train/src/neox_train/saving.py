@@ -112,7 +112,11 @@ class Saver:
         elif aside:
             self._write_aside(temporary, written)
         else:
-            written.set_result(self._write(temporary))
+            try:
+                written.set_result(self._write(temporary))
+            except BaseException as error:  # then nobody works on it any more, and `close` has nothing to wait for
+                written.set_exception(error)
+                raise
 
     def finish(self) -> Path:
         """Wait for the files of all ranks and commit the step that was started; returns its path.
