@@ -44,7 +44,17 @@ def test_a_run_goes_back_to_a_step_and_on_from_there(train, config, losses, tmp_
     assert not torch.equal(weights(run / "step_8"), before[8])
 
 
-@pytest.mark.parametrize("key", ["no_load_optim", "no_load_rng", "use_checkpoint_lr_scheduler"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "no_load_optim",
+        pytest.param("no_load_rng", marks=SLOW),
+        pytest.param("use_checkpoint_lr_scheduler", marks=SLOW),
+    ],
+)
 def test_a_stop_changes_nothing_of_what_was_loaded(train, config, losses, key: str, tmp_path: Path) -> None:
     """A fresh optimiser, other random numbers, the rate of the checkpoint: in one go, and stopped on the way."""
     train(config("first.yml", save=str(tmp_path / "first"), hidden_dropout=0.1, train_iters=4), "-q")
