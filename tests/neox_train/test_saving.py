@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ import pytest
 from libneox import run_directory
 from libneox.checkpoint import store
 from libneox.errors import DataError
-from neox_train import loop
+from neox_train import loop, saving
 from neox_train.batches import Batches
 
 Append = Callable[[Any, str, Any], None]
@@ -133,6 +134,31 @@ def test_a_save_that_fails_stops_the_run(train, config, on_append, aside: bool, 
 
 
 @pytest.mark.parametrize("aside", [False, True])
+def test_a_file_that_cannot_grow(train, config, losses, monkeypatch, aside: bool, tmp_path: Path) -> None:
+    """The system itself refuses to write on, in the midst of a tensor."""
+    before, step = resource.getrlimit(resource.RLIMIT_FSIZE), loop.one_step
+
+    def limit(work: loop.Run) -> str:
+        if work.state.step == 5:
+            loop.settle(work)  # step 3
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        return step(work)
+
+    path = config(checkpoint_factor=3, async_save=aside)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "one_step", limit)
+        try:
+            done = train(path, "-q", code=74)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step_6: not saved, rank 0: File too large" in done.stderr
+    assert run_directory.list_steps(tmp_path / "RUN") == [3]
+    assert not list((tmp_path / "RUN").glob("*.tmp-*"))
+    train(path, "-q")
+    assert len(losses(tmp_path / "RUN")) == 8
+
+
+@pytest.mark.parametrize("aside", [False, True])
 def test_a_save_that_fails_may_be_gone_without(train, config, on_append, losses, aside: bool, tmp_path: Path) -> None:
     failing = {"step_4"}
 
@@ -180,6 +206,21 @@ def test_a_directory_removed_while_it_is_written_to(train, config, on_append, tm
     done = train(config(checkpoint_factor=2), "-q", code=74)
     assert "No such file" in done.stderr
     assert run_directory.list_steps(tmp_path / "RUN") == [2]
+
+
+def test_a_bug_in_the_midst_of_a_save_waits_for_nobody(train, config, on_append, monkeypatch, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        if path.parent.name.startswith("step_4"):
+            raise ZeroDivisionError
+
+    waited: list[bool] = []
+    monkeypatch.setattr(saving, "wait", lambda futures, seconds: waited.extend(future.done() for future in futures))
+    on_append(fail)
+    with pytest.raises(ZeroDivisionError):
+        train(config(checkpoint_factor=2), "-q")
+    assert waited == [True]
+    assert run_directory.list_steps(tmp_path / "RUN") == [2]
+    assert not list((tmp_path / "RUN").glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("error", ["data", "not-finite"])
