@@ -78,7 +78,7 @@ def _(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 def _linear_backward(grad: Tensor, x: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     grad_MN = grad.reshape(-1, grad.shape[-1])
     d_x = _product(grad_MN, weight_NK.T).view(x.shape)
-    return d_x, _product(grad_MN.T, x.reshape(-1, x.shape[-1]).T)
+    return d_x, grad_MN.T @ x.reshape(-1, x.shape[-1])  # oneDNN would copy both factors first
 
 
 @_linear_backward.register_fake
