@@ -120,6 +120,16 @@ def test_what_one_rank_misses_ends_all_with_its_code(ranks: Ranks, config, corpu
     assert (status["state"], status["code"], status["rank"]) == ("failed", 66, 1)
 
 
+def test_what_the_first_rank_finds_missing_ends_all_with_its_code(ranks: Ranks, config, tmp_path: Path) -> None:
+    path = config(load=str(tmp_path / "nothing"), train_micro_batch_size_per_gpu=2)
+    first, second = ranks([[path], [path]])
+    assert (first[0], second[0]) == (66, 66), (first, second)
+    assert "nothing: no such run or checkpoint directory" in first[2]
+    assert "failed" not in first[2] + second[2]
+    status = json.loads((tmp_path / "RUN" / "run_status.json").read_text())
+    assert (status["state"], status["code"], status["rank"]) == ("failed", 66, 0)
+
+
 def test_clocks_do_not_name_the_run(ranks: Ranks, config, losses, tmp_path: Path) -> None:
     """Processes that start on either side of a second, an hour, a day make one run directory and one step."""
     (tmp_path / "clock").mkdir()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libneox.errors import UsageError
 from libneox.parallel.mesh import Mesh
 from libneox.parallel.shard import Pieces, Shard
 from neox_train.mpu import Mpu
@@ -52,6 +53,8 @@ class DeepSpeedEngine:
             settings: DeepSpeed's configuration, ZeRO stage 1 or more.
             states: names of the optimiser's per-parameter tensors.
             module: what DeepSpeed runs, if not the objective itself but something around it.
+        Raises:
+            UsageError: DeepSpeed does not know, or no longer has, what the settings say.
         """
         deepspeed = import_deepspeed(device)
         self._logs_comms = bool((settings.get("comms_logger") or {}).get("enabled"))
@@ -67,13 +70,16 @@ class DeepSpeedEngine:
         if self._stage == 3:  # the loss multiplies with the head outside the head's own forward
             deepspeed.zero.register_external_parameter(objective, objective.model.head_weight)
         self._optimizer = build_optimizer(parameters.items())
-        self._engine, *_ = deepspeed.initialize(
-            model=module or objective,
-            optimizer=self._optimizer,
-            config=_settings(settings),
-            dist_init_required=False,
-            mpu=Mpu(mesh) if mesh.tensor_size > 1 and module is None else None,
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=module or objective,
+                optimizer=self._optimizer,
+                config=_settings(settings),
+                dist_init_required=False,
+                mpu=Mpu(mesh) if mesh.tensor_size > 1 and module is None else None,
+            )
+        except (ValueError, deepspeed.DeepSpeedConfigError) as error:
+            raise UsageError(f"DeepSpeed does not take its settings: {' '.join(str(error).split())}") from error
         self._parameters = parameters
         self._dtype = next(iter(parameters.values())).dtype
 
