@@ -193,6 +193,8 @@ def test_h03_damaged_sources(
         ("hidden_act", "quick_gelu"),
         ("intermediate_size", 96),
         ("num_attention_heads", 5),
+        ("num_attention_heads", 0),
+        ("rope_parameters", {"rope_theta": 10000.0, "partial_rotary_factor": 1.5}),
         ("num_hidden_layers", 3),
         ("num_hidden_layers", 10**12),
         ("hidden_size", "32"),
@@ -248,12 +250,32 @@ def test_h05_output_exists(tmp_path: Path, run_command: Any, make_run: Any, smal
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
+def test_h05_force_does_not_take_the_source_away(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    """The run around a step, with its other steps, is not replaced by what is made of that step."""
+    from libneox.errors import OutputExists
+    from neox_convert import rewrite
+
+    run = make_run(make_run(tmp_path / "run", small_config(), step=2), small_config())
+    force = Options(verify=False, quiet=True, force=True)
+    with pytest.raises(OutputExists, match="holds the source"):
+        convert.to_hf(str(run), str(run), arch="auto", trim_vocab=False, options=force)
+    with pytest.raises(OutputExists, match="holds the source"):
+        convert.to_neox(str(run), str(tmp_path), tensor_parallel=1, layout="pipeline", options=force)
+    with pytest.raises(OutputExists, match="holds the source"):
+        rewrite.rewrite(str(run / "step_2"), str(run), options=force)
+    with pytest.raises(OutputExists, match="holds the source"):
+        rewrite.average([str(run / "step_2"), str(run / "step_3")], str(run), weights=(), step=None, options=force)
+    assert sorted(path.name for path in run.iterdir()) == ["latest", "step_2", "step_3"]
+    rewrite.rewrite(str(run / "step_2"), str(run / "step_2"), options=force)  # itself, in place
+    assert load_model(run / "step_2").config == load_model(run / "step_3").config
+
+
 def test_h05_nowhere_to_write(tmp_path: Path, make_run: Any, small_config: Any) -> None:
     from libneox.errors import OutputExists
 
     run = make_run(tmp_path / "run", small_config())
     (tmp_path / "file").write_text("x")
-    for output in (tmp_path / "no" / "hf", tmp_path / "file", tmp_path / "file" / "hf"):
+    for output in (tmp_path / "no" / "hf", tmp_path / "file", tmp_path / "file" / "hf", Path("/"), run / ".."):
         with pytest.raises(OutputExists):
             convert.to_hf(str(run), str(output), arch="auto", trim_vocab=False, options=QUIET)
 
@@ -325,5 +347,7 @@ def test_to_native_names_its_output(tmp_path: Path, make_hf: Any, small_config: 
     convert.to_native(where, str(tmp_path / "run/step_9"), step=None, options=QUIET)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_7", "step_9"]
     assert (tmp_path / "run/latest").readlink() == Path("step_9")
+    convert.to_native(where, str(tmp_path / "run/step_8"), step=None, options=QUIET)
+    assert (tmp_path / "run/latest").readlink() == Path("step_9")  # the newest, not the last made
     first, second = open_tensors(tmp_path / "run/step_7"), open_tensors(tmp_path / "run/step_9")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -8,11 +8,11 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,19 @@ def test_e03_remote_code_is_not_looked_at(tmp_path: Path, run_command: Any, make
     assert not list((tmp_path / "run").rglob("*.py"))
 
 
+def test_e03_modules_in_the_current_directory_are_not_imported(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    """`cd` into a downloaded model that holds a torch.py: the process that checks the result imports none of it."""
+    canary = tmp_path / "canary"
+    model = make_hf(tmp_path / "hf", small_config())
+    for name in ("torch", "transformers", "json", "neox_convert"):
+        (model / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    command = [sys.executable, "-P", "-m", "neox_convert", "from-hf", ".", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=model, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"logits of ours and of transformers differ by at most" in done.stderr
+    assert not canary.exists()
+
+
 def _header(value: Any, data: bytes = b"\0" * 64) -> bytes:
     text = json.dumps(value).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -202,6 +215,7 @@ BAD_FILES = {
     "overlap": _header({"a": _entry(), "b": _entry(offsets=(8, 24))}, b"\0" * 24),
     "shape": _header({"a": _entry(shape=(5,))}, b"\0" * 16),
     "dtype": _header({"a": _entry(dtype="F16")}, b"\0" * 16),
+    "dtype_of_a_quantised_model": _header({"a": _entry(dtype="F8_E4M3", shape=(16,))}, b"\0" * 16),
     "no_such_dtype": _header({"a": _entry(dtype="X99")}, b"\0" * 16),
     "past_the_end": _header({"a": _entry(offsets=(0, 1 << 40), shape=(1 << 38,))}),
     "negative": _header({"a": _entry(shape=(-4,))}, b"\0" * 16),
@@ -259,10 +273,8 @@ def test_e06_catastrophic_regex_in_a_tokenizer(
         "invert": False,
     }
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    started = time.monotonic()
     done = run_command(["neox-convert", "from-hf", model, tmp_path / "run"], timeout=100)
     assert done.returncode in (0, 65), done.stderr
-    assert time.monotonic() - started < 90
 
 
 def test_e07_object_arrays_are_not_unpickled(tmp_path: Path) -> None:
@@ -286,16 +298,50 @@ def test_a_truncated_torch_file_is_said_to_be(tmp_path: Path, where: float) -> N
         TorchFile(tmp_path / "a.pt").read()
 
 
+@pytest.mark.parametrize("member", ["byteorder", "data.pkl"])
+def test_a_damaged_member_is_bad_data(tmp_path: Path, member: str) -> None:
+    torch.save({"a": torch.arange(5.0)}, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(f"/{member}"))
+    name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
+    data[info.header_offset + 30 + name_length + extra_length] ^= 0xFF
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.pt: damaged"):
+        TorchFile(tmp_path / "a.pt").read()
+
+
+def test_optimizer_states_of_an_unknown_form_are_left_out(tmp_path: Path, golden: Path) -> None:
+    from libneox.checkpoint.neox.optimizer import read_state
+
+    shutil.copytree(golden / "model/ckpts/pythia_pp0_tp1/ckpt", tmp_path / "ckpt", copy_function=shutil.copyfile)
+    checkpoint = open_neox(tmp_path / "ckpt")
+    torch.save({"optimizer_state_dict": {"param_slice_mappings": [{}]}}, _zero_file(checkpoint.files.directory))
+    assert "unknown form" in str(read_state(checkpoint))
+
+
+def _zero_file(step: Path) -> Path:
+    for path in step.glob("*zero_pp_rank*"):
+        path.unlink()
+    return step / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+def test_layers_without_tensors_are_bad_data(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "layer_00-model_00-model_states.pt")
+    config = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 8}
+    with pytest.raises(DataError, match="word_embeddings"):
+        open_neox(tmp_path, config=[config])
+
+
 def test_a_tensor_cannot_reach_past_its_storage(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(8.0)}, tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     pickled = next(name for name in members if name.endswith("data.pkl"))
-    for old, new in ((b"K\x08\x85", b"K\x40\x85"), (b"K\x08tq", b"K\x7ftq")):
-        assert old in members[pickled] or old.endswith(b"tq")
+    # the size of the tensor, then that of its storage
+    for old, new in ((b"K\x08\x85", b"K\x40\x85"), (b"K\x08t", b"K\x7ft")):
+        assert members[pickled].count(old) == 1
         changed = members | {pickled: members[pickled].replace(old, new)}
-        if changed[pickled] == members[pickled]:
-            continue
         with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
             for name, data in changed.items():
                 archive.writestr(name, data)

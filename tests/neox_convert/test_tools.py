@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from libneox import load_model
+from libneox import load_model, run_directory
 from libneox.checkpoint.hf import open_hf
 from libneox.checkpoint.store import open_tensors, read_trainer, write_checkpoint
 from libneox.errors import DataError, IntegrityError, StorageError, UsageError
@@ -21,6 +22,7 @@ from libneox.tokenizer import load_tokenizer
 from neox_convert import convert, look, rewrite, upload
 from neox_convert.convert import Options
 from neox_convert.source import Where, find_source
+from neox_convert.verify import available_bytes
 
 QUIET = Options(verify=False, quiet=True)
 
@@ -64,8 +66,6 @@ def test_diff(tmp_path: Path, make_run: Any, make_hf: Any, small_config: Any, ru
     assert out.getvalue() == b"28 tensors equal, 0 differ\n"
     tensors = load_file(hf / "model.safetensors")
     tensors["embed_out.weight"][3, 4] += 0.5
-    from safetensors.torch import save_file
-
     save_file(tensors, hf / "model.safetensors")
     done = run_command(["neox-convert", "diff", run, hf, "--json"])
     assert done.returncode == 81
@@ -75,6 +75,11 @@ def test_diff(tmp_path: Path, make_run: Any, make_hf: Any, small_config: Any, ru
     with pytest.raises(IntegrityError):
         look.diff(str(run), str(make_run(tmp_path / "other", small_config(num_layers=1))), as_json=False, stdout=out)
     assert b"layers.1.attn_norm.weight: only in the first" in out.getvalue()
+    tensors["embed_out.weight"][0, 0] = torch.nan
+    save_file(tensors, hf / "model.safetensors")
+    broken = run_command(["neox-convert", "diff", run, hf, "--json"])
+    assert broken.returncode == 81
+    assert json.loads(broken.stdout, parse_constant=pytest.fail)["changes"][0]["max_abs_diff"] is None
 
 
 def test_cast_a_run_keeps_its_training_state(tmp_path: Path, make_run: Any, small_config: Any) -> None:
@@ -94,6 +99,8 @@ def test_cast_a_run_keeps_its_training_state(tmp_path: Path, make_run: Any, smal
     assert all(torch.equal(optimizer[name], tensor) for name, tensor in states.items())
     assert read_trainer(tmp_path / "cast/step_3") == trainer
     assert (tmp_path / "cast/step_3/config.yml").read_text() == yaml
+    with pytest.raises(UsageError, match="step 3; it cannot become step 4"):
+        rewrite.rewrite(str(tmp_path / "run"), str(tmp_path / "step_4"), options=options)
 
 
 def test_cast_and_reshard_a_hugging_face_directory(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
@@ -211,6 +218,111 @@ def test_wrong_kind_of_source(tmp_path: Path, make_hf: Any, small_config: Any) -
     with pytest.raises(UsageError, match="is a Hugging Face directory already"):
         convert.to_hf(str(hf), str(tmp_path / "x"), arch="auto", trim_vocab=False, options=QUIET)
     assert find_source(str(hf)) == Where(kind="hf", path=str(hf))
+
+
+def test_only_numbers_with_a_point_are_cast_and_templates_come_along(
+    tmp_path: Path, make_hf: Any, small_config: Any
+) -> None:
+    hf = make_hf(tmp_path / "hf", small_config())
+    mask = {"gpt_neox.layers.0.attention.bias": torch.ones(4, 4, dtype=torch.bool).tril()}
+    save_file(load_file(hf / "model.safetensors") | mask, hf / "model.safetensors")
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    rewrite.rewrite(str(hf), str(tmp_path / "half"), options=Options(dtype="bf16", quiet=True))
+    after = load_file(tmp_path / "half/model.safetensors")
+    assert torch.equal(after.pop("gpt_neox.layers.0.attention.bias"), mask["gpt_neox.layers.0.attention.bias"])
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert (tmp_path / "half/chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_an_index_beside_a_single_file_is_another_export_s(tmp_path: Path, make_hf: Any, small_config: Any) -> None:
+    """A model.safetensors counts alone, whatever the index of the pickled files that were there before lists."""
+    hf = make_hf(tmp_path / "hf", small_config())
+    index = {"weight_map": {"gpt_neox.layers.0.attention.masked_bias": "pytorch_model-00001-of-00001.bin"}}
+    (hf / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert len(open_hf(hf)) == len(small_config().parameter_shapes())
+
+
+def test_the_tokenizer_goes_back_under_its_own_name(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    """GPT-NeoX is told the kind of tokenizer, and given a file only where it reads one."""
+    run = make_run(tmp_path / "run", small_config(vocab_size=512, padded_vocab_size=512))
+    for tokenizer, kind, files in ((None, "HFTokenizer", ["tokenizer.json"]), ("charlevel", "CharLevelTokenizer", [])):
+        out = tmp_path / kind
+        options = Options(quiet=True, tokenizer=tokenizer)
+        convert.to_neox(str(run), str(out), tensor_parallel=1, layout="pipeline", options=options)
+        assert [path.name for path in out.iterdir() if path.is_file() and path.name != "latest"] == files
+        assert f'"tokenizer_type": "{kind}"' in _as_json(out / "global_step3/configs/config.yml")
+
+
+def _as_json(path: Path) -> str:
+    import yaml
+
+    return json.dumps(yaml.safe_load(path.read_text()))
+
+
+def test_a_tokenizer_without_a_file_is_kept_with_a_checkpoint(tmp_path: Path, make_run: Any, small_config: Any) -> None:
+    run = make_run(tmp_path / "run", small_config(vocab_size=512, padded_vocab_size=512))
+    options = Options(verify=False, quiet=True, tokenizer="charlevel")
+    rewrite.rewrite(str(run), str(tmp_path / "again"), options=options)
+    assert load_tokenizer(tmp_path / "again").kind == "charlevel"
+
+
+def test_usage_is_checked_before_anything_is_read(tmp_path: Path, run_command: Any) -> None:
+    for option, value in (("--dtype", "float12"), ("--max-shard-size", "lots")):
+        done = run_command(["neox-convert", "to-hf", tmp_path / "gone", tmp_path / "hf", option, value])
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert value.encode() in done.stderr
+    for weights in ((float("nan"), 1), (float("inf"), 1)):
+        with pytest.raises(UsageError, match="--weight"):
+            rewrite.average(["a", "b"], str(tmp_path / "x"), weights=weights, step=None, options=QUIET)
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, make_run: Any, small_config: Any, run_command: Any) -> None:
+    run, out = make_run(tmp_path / "run", small_config()), os.fsencode(tmp_path) + b"/caf\xe9"
+    done = run_command(["neox-convert", "to-hf", run, os.fsdecode(out), "--no-verify", "-q"])
+    assert (done.returncode, done.stdout) == (0, out + b"\n"), done.stderr
+
+
+def test_a_checkpoint_is_hashed_once(
+    tmp_path: Path, make_run: Any, small_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = make_run(tmp_path / "run", small_config()), []
+    verify = run_directory.verify_step
+    monkeypatch.setattr(run_directory, "verify_step", lambda path: seen.append(path) or verify(path))
+    convert.to_hf(str(run), str(tmp_path / "hf"), arch="auto", trim_vocab=False, options=QUIET)
+    assert seen == [run / "step_3"]
+
+
+def test_raw_weights_of_llama_3(tmp_path: Path, run_command: Any) -> None:
+    """Its rank file is called tokenizer.model, is no sentencepiece model, and does not stop the import."""
+    raw, dim = tmp_path / "raw", 16
+    raw.mkdir()
+    square = {f"attention.{name}": (dim, dim) for name in ("wq", "wk", "wv", "wo")}
+    wide = {f"feed_forward.{name}": (24, dim) for name in ("w1", "w3")} | {"feed_forward.w2": (dim, 24)}
+    shapes = square | wide | {"attention_norm": (dim,), "ffn_norm": (dim,)}
+    weights = {f"layers.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.weight": torch.randn(64, dim) for name in ("tok_embeddings", "output")}
+    torch.save(weights | {"norm.weight": torch.ones(dim)}, raw / "consolidated.00.pth")
+    (raw / "params.json").write_text(json.dumps({"dim": dim, "n_layers": 1, "n_heads": 2, "norm_eps": 1e-5}))
+    (raw / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    done = run_command(["neox-convert", "from-meta", raw, tmp_path / "run"])
+    assert done.returncode == 0, done.stderr
+    assert b"without a tokenizer" in done.stderr
+    with open_tensors(tmp_path / "run/step_0") as tensors:
+        assert torch.equal(tensors["embed.weight"], weights["tok_embeddings.weight"])
+
+
+def test_memory_of_a_control_group(tmp_path: Path) -> None:
+    """Pages of files that were only read or written count as free, as the machine's own figure has it."""
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\nHugePages_Total: 0\n")
+    assert available_bytes(tmp_path) == 5_120_000
+    for name, text in (("max", "4000000"), ("current", "3900000"), ("stat", "anon 100\ninactive_file 3000000")):
+        (group / f"memory.{name}").write_text(f"{text}\n")
+    assert available_bytes(tmp_path) == 3_100_000
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 5_120_000
 
 
 class FakeHub:

@@ -50,6 +50,8 @@ def _in_directory(directory: Path) -> Path:
 
 
 def _recognise(path: Path, data: bytes) -> tuple[str, bytes]:
+    if data == CHARLEVEL.encode():  # what a checkpoint holds of a tokenizer that has no file
+        return CHARLEVEL, data
     if data.lstrip()[:1] == b"{":
         try:
             content = json.loads(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, BinaryIO, NoReturn
 
@@ -296,4 +297,4 @@ def _options(
 def _print(stdout: BinaryIO, keeping: Keeping, report: Report) -> None:
     """The path of what was made, or all about it."""
     text = json.dumps(dataclasses.asdict(report)) if keeping.as_json else report.output
-    stdout.write(text.encode() + b"\n")
+    stdout.write(os.fsencode(text) + b"\n")

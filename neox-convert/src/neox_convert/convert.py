@@ -14,10 +14,18 @@ from libneox.cli import warn
 from libneox.errors import UsageError
 from libneox.files import atomic_write, write_text
 from libneox.progress import Progress
-from neox_convert.source import Source, Where, find_source, lazy_tensors, open_source
-from neox_convert.staging import check_target, staged_directory
+from neox_convert.source import Source, Where, find_source, open_source
+from neox_convert.staging import check_apart, check_target, staged_directory
 from neox_convert.verify import Job, verify
-from neox_convert.writing import cast_all, native_config, parse_bytes, parse_dtype, write_hf, write_native
+from neox_convert.writing import (
+    cast_all,
+    dtype_name,
+    native_config,
+    parse_bytes,
+    parse_dtype,
+    write_hf,
+    write_native,
+)
 
 if TYPE_CHECKING:
     from libneox.checkpoint.lazy import LazyTensor, LazyTensors
@@ -25,6 +33,12 @@ if TYPE_CHECKING:
 
 PROG = "neox-convert"
 _STEP = re.compile(r"step_(\d+)")
+# GPT-NeoX's tokenizer_type for our kinds of tokenizer, and the file that it reads; it finds tiktoken's by name only
+THEIR_TOKENIZERS = {
+    "tokenizer.json": ("HFTokenizer", "tokenizer.json"),
+    "sentencepiece": ("SPMTokenizer", "tokenizer.model"),
+    "charlevel": ("CharLevelTokenizer", None),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +51,11 @@ class Options:
     quiet: bool = False
     shard_size: str = "5GB"
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a size or a dtype that is none, before anything is opened."""
+        parse_bytes(self.shard_size)
+        dtype_name(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +87,7 @@ def to_hf(checkpoint: str, output: str, *, arch: str, trim_vocab: bool, options:
     if where.kind == "hf":
         raise UsageError(f"{checkpoint}: is a Hugging Face directory already; cast and reshard rewrite one")
     source = open_source(where, options.tokenizer)
+    check_apart(target, source.where.path)
     for note in source.notes:
         warn(PROG, note)
     choice = choose_family(source.config, arch)
@@ -115,11 +135,14 @@ def write_source(
 
     target = Path(output)
     check_target(target, force=options.force)
+    check_apart(target, source.where.path)
     shard_bytes = parse_bytes(options.shard_size)
     named = _STEP.fullmatch(target.name)
     if named and step is not None and step != int(named[1]):
         raise UsageError(f"{target}: its name says step {named[1]}, --step says {step}")
     number = int(named[1]) if named else source.step if step is None else step
+    if state is not None and number != source.step:
+        raise UsageError(f"{target}: the training state is that of step {source.step}; it cannot become step {number}")
     tensors = LazyTensors(cast_all(source.tensors, parse_dtype(options.dtype)))
     neox = source.neox if source.where.kind == "native" and source.neox else native_config(source.neox, source.config)
     total = tensors.nbytes + (state.tensors.nbytes if state else 0)
@@ -143,9 +166,10 @@ def write_source(
         if named:
             _lift_step(staging, written)
     if named:
-        from libneox.run_directory import point_latest
+        from libneox.run_directory import list_steps, point_latest
 
-        point_latest(target)
+        if number == list_steps(target.parent)[-1]:
+            point_latest(target)
     return report_of(target, tensors, progress, verified, source.notes)
 
 
@@ -160,13 +184,16 @@ def to_neox(checkpoint: str, output: str, *, tensor_parallel: int, layout: str, 
     if layout not in ("pipeline", "sequential"):
         raise UsageError(f"--layout {layout}: expected pipeline or sequential")
     source = open_source(find_source(checkpoint), options.tokenizer)
+    check_apart(target, source.where.path)
     check_exportable(source.config, tensor_parallel)
     tensors = LazyTensors(cast_all(source.tensors, parse_dtype(options.dtype)))
     keys = neox_keys_for_original(
         source.neox or native_config(None, source.config), source.config, tensor_parallel=tensor_parallel, layout=layout
     )
-    if source.tokenizer is not None and source.tokenizer.kind == "tokenizer.json":
-        keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": "tokenizer.json"}
+    kind = source.tokenizer.kind if source.tokenizer else ""
+    their_type, tokenizer_file = THEIR_TOKENIZERS.get(kind, (None, None))
+    named = {"tokenizer_type": their_type, "vocab_file": tokenizer_file}
+    keys |= {name: value for name, value in named.items() if value is not None}
     with progress_of(tensors.nbytes, options) as progress, staged_directory(target, force=options.force) as staging:
         step = staging / f"global_step{source.step}"
         (step / "configs").mkdir(parents=True)
@@ -181,8 +208,8 @@ def to_neox(checkpoint: str, output: str, *, tensor_parallel: int, layout: str, 
             written=progress.update,
         )
         write_text(step / "configs" / "config.yml", load_config([keys]).to_yaml())
-        if source.tokenizer is not None:
-            with atomic_write(staging / "tokenizer.json") as file:
+        if source.tokenizer is not None and tokenizer_file is not None:
+            with atomic_write(staging / tokenizer_file) as file:
                 file.write(source.tokenizer.data)
         write_text(staging / "latest", step.name)
         result = Where(kind="neox", path=str(staging), vocab_size=source.config.vocab_size)
@@ -237,7 +264,7 @@ def _own_state(source: Source) -> LegacyState | None:
     if trainer is None:
         return None
     manifest = source.details.manifest
-    tensors = LazyTensors(lazy_tensors(open_tensors(source.details.path, "optimizer")))
+    tensors = LazyTensors(open_tensors(source.details.path, "optimizer").lazy())
     return LegacyState(tensors, trainer, manifest.samples, manifest.tokens)
 
 

@@ -47,7 +47,7 @@ def inspect(path: str, *, hashes: bool, as_json: bool, stdout: BinaryIO) -> None
     head = f"{path}: {KINDS[kind]}, {total['parameters']:,} parameters in {len(rows)} tensors"
     lines = [f"{head}, {human_bytes(total['bytes'])}", *(f"note: {note}" for note in total.get("notes", []))]
     lines += [_line(row, max((len(row["name"]) for row in rows), default=0)) for row in rows]
-    stdout.write("\n".join(lines).encode() + b"\n")
+    stdout.write("\n".join(lines).encode(errors="surrogateescape") + b"\n")
 
 
 def diff(first: str, second: str, *, as_json: bool, stdout: BinaryIO) -> None:
@@ -148,4 +148,5 @@ def _change(name: str, mine: LazyTensor | None, theirs: LazyTensor | None) -> di
         return None
     worst = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
     dtypes = f" ({_dtype(mine)} against {_dtype(theirs)})" if mine.dtype != theirs.dtype else ""
-    return {"name": name, "what": f"differs by at most {worst:.3g}{dtypes}", "max_abs_diff": worst}
+    number = worst if math.isfinite(worst) else None  # JSON has no NaN
+    return {"name": name, "what": f"differs by at most {worst:.3g}{dtypes}", "max_abs_diff": number}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from libneox.files import write_text
 from neox_convert import convert
 from neox_convert.convert import Options, Report
 from neox_convert.source import Source, Where, find_source, open_source
-from neox_convert.staging import check_target, staged_directory
+from neox_convert.staging import check_apart, check_target, staged_directory
 from neox_convert.writing import cast_all, parse_bytes, parse_dtype, write_tensor_files
 
 if TYPE_CHECKING:
     from libneox.checkpoint.lazy import LazyTensor
+
+KEPT = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # of a Hugging Face directory, beside its weights
 
 
 def rewrite(path: str, output: str, *, options: Options) -> Report:
@@ -38,6 +41,7 @@ def _rewrite_hf(where: Where, output: str, options: Options) -> Report:
 
     target, folder = Path(output), Path(where.path)
     check_target(target, force=options.force)
+    check_apart(target, where.path)
     open_source(where)  # whatever is wrong with it is said before anything is written
     dtype = parse_dtype(options.dtype)
     tensors = LazyTensors(cast_all(stored_tensors(folder), dtype))
@@ -47,7 +51,7 @@ def _rewrite_hf(where: Where, output: str, options: Options) -> Report:
     ):
         write_tensor_files(staging, tensors, shard_bytes=parse_bytes(options.shard_size), progress=progress)
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".md") and ".index." not in file.name:
+            if file.is_file() and file.suffix in KEPT and ".index." not in file.name:
                 shutil.copyfile(file, staging / file.name)
         if dtype is not None:
             raw = read_json(folder / "config.json")
@@ -70,11 +74,12 @@ def average(
     if len(paths) < 2:
         raise UsageError("average needs at least two checkpoints")
     shares = list(weights) or [1.0] * len(paths)
-    if len(shares) != len(paths) or not sum(shares) > 0 or min(shares) < 0:
+    if len(shares) != len(paths) or not 0 < sum(shares) < math.inf or min(shares) < 0:
         raise UsageError(f"--weight: give one number of at least 0 for each of the {len(paths)} checkpoints")
     check_target(Path(output), force=options.force)
     sources = [open_source(find_source(path), options.tokenizer) for path in paths]
     for path, source in zip(paths, sources, strict=True):
+        check_apart(Path(output), source.where.path)
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         if shapes != {name: tensor.shape for name, tensor in sources[0].tensors.items()}:
             raise DataError(f"{path}: its tensors are not those of {paths[0]}; only one model's can be averaged")

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from libneox.errors import InputMissing
+from libneox.errors import InputMissing, NeoxError
 
 if TYPE_CHECKING:
-    import torch
-
     from libneox.checkpoint.lazy import LazyTensor
-    from libneox.checkpoint.store import Tensors
     from libneox.config import NeoxConfig
     from libneox.model_config import ModelConfig
     from libneox.tokenizer import Tokenizer
@@ -62,11 +59,6 @@ class Source:
     notes: tuple[str, ...] = ()
     details: Any = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, which is that of the model."""
-        return self.tensors["embed.weight"].dtype
-
 
 def open_source(where: Where, tokenizer: str | None = None) -> Source:
     """Open a checkpoint of a known kind.
@@ -100,7 +92,9 @@ def find_source(path: str) -> Where:
     ref = run_directory.resolve_checkpoint(path)
     if ref.kind == "legacy":
         return Where(kind="neox", path=str(ref.path))
-    return Where(kind="hf" if ref.kind == "hf" else "native", path=path)
+    if ref.kind == "hf":
+        return Where(kind="hf", path=path)
+    return Where(kind="native", path=str(ref.path), verified=True)
 
 
 def _open_native(where: Where, tokenizer: str | None) -> Source:
@@ -114,10 +108,9 @@ def _open_native(where: Where, tokenizer: str | None) -> Source:
         ref = run_directory.CheckpointRef(Path(where.path), "neox", manifest.step, manifest)
     else:
         ref = run_directory.resolve_checkpoint(where.path)
-    stored = open_tensors(ref.path)
     neox = load_config([ref.path / run_directory.CONFIG])
     config = neox.model_config()
-    tensors = lazy_tensors(stored)
+    tensors = open_tensors(ref.path).lazy()
     check_shapes(str(ref.path), tensors, config.parameter_shapes())
     return Source(
         where=dataclasses.replace(where, path=str(ref.path), verified=True),
@@ -128,17 +121,6 @@ def _open_native(where: Where, tokenizer: str | None) -> Source:
         step=ref.step or 0,
         details=ref,
     )
-
-
-def lazy_tensors(stored: Tensors) -> dict[str, LazyTensor]:
-    """The tensors of opened files, read one at a time."""
-    from libneox.checkpoint.lazy import LazyTensor
-
-    found = {}
-    for name in stored:
-        spec = stored.spec(name)
-        found[name] = LazyTensor(spec.shape, spec.dtype, lambda name=name: stored[name])  # type: ignore[misc]
-    return found
 
 
 def _open_hf(where: Where, tokenizer: str | None) -> Source:
@@ -199,7 +181,13 @@ def _open_meta(where: Where, tokenizer: str | None) -> Source:
     from libneox.checkpoint.hf.meta import open_meta
 
     tensors, config = open_meta(Path(where.path), seq_length=where.seq_length)
-    found = _tokenizer(tokenizer, Path(where.path))
+    notes: tuple[str, ...] = ()
+    try:
+        found = _tokenizer(tokenizer, Path(where.path))
+    except NeoxError as error:  # Llama 3 comes with a rank file of tiktoken's that is called tokenizer.model
+        if tokenizer is not None:
+            raise
+        found, notes = None, (f"without a tokenizer: {error}; --tokenizer FILE names one",)
     if found is not None and found.vocab_size <= config.padded_vocab_size:
         config = dataclasses.replace(config, vocab_size=found.vocab_size)
     return Source(
@@ -209,6 +197,7 @@ def _open_meta(where: Where, tokenizer: str | None) -> Source:
         neox=None,
         tokenizer=found,
         step=0,
+        notes=notes,
     )
 
 

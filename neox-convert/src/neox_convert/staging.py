@@ -43,6 +43,8 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 def check_target(target: Path, *, force: bool) -> None:
     """Raise OutputExists unless a directory can be created at `target`; done before any work."""
+    if target.name in ("", ".."):
+        raise OutputExists(f"{target}: give the output a name of its own")
     if os.path.lexists(target):
         if not force:
             raise OutputExists(f"{target}: exists already; --force replaces it")
@@ -53,6 +55,12 @@ def check_target(target: Path, *, force: bool) -> None:
         raise OutputExists(f"{parent}: no such directory; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputExists(f"{parent}: not writable")
+
+
+def check_apart(target: Path, source: str) -> None:
+    """Raise OutputExists if replacing `target` would take away what is read, and whatever stands beside it."""
+    if target.resolve() in Path(source).resolve().parents:
+        raise OutputExists(f"{target}: holds the source {source}; choose another place")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -58,7 +58,6 @@ def verify(
     source: Mapping[str, LazyTensor],
     result: Callable[[], Mapping[str, LazyTensor]],
     job: Job | None,
-    quiet: bool = False,
 ) -> str:
     """Check a result, and return a sentence that says how it was done and what came out.
 
@@ -73,14 +72,20 @@ def verify(
     if job is None or reason:
         count = compare_tensors(source, result())
         return f"verified: {count} tensors read back equal, bit by bit ({reason})"
-    child = subprocess.run(
-        [sys.executable, "-m", "neox_convert.verify_child"],
-        input=json.dumps(dataclasses.asdict(job)).encode(),
-        capture_output=True,
-        timeout=CHILD_TIMEOUT_S,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-    )
+    # -P: the current directory may be the model's, and hold a torch.py
+    command = [sys.executable, "-P", "-m", "neox_convert.verify_child"]
+    try:
+        child = subprocess.run(
+            command,
+            input=json.dumps(dataclasses.asdict(job)).encode(),
+            capture_output=True,
+            timeout=CHILD_TIMEOUT_S,
+            check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        )
+    except subprocess.TimeoutExpired as error:
+        hours = CHILD_TIMEOUT_S / 3600
+        raise IntegrityError(f"{job.theirs}: not compared within {hours:.0f} h; --no-verify keeps it anyway") from error
     lines = child.stdout.splitlines()
     if child.returncode != 0 or not lines:
         last = (child.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
@@ -101,21 +106,29 @@ def _why_no_logits(job: Job) -> str:
     return ""
 
 
-def available_bytes() -> int:
-    """Memory this process may still take: what the machine has free, and what its control group allows."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory this process may still take: what the machine has free, and what its control group allows.
+
+    Cached pages of files count as free in both: those just written here fill the group's, and go when room is needed.
+    """
+    free = _figures(root / "proc/meminfo")["MemAvailable:"] * 1024
+    for folder, limit, used, cached in (
+        ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
+        group = root / folder
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit ("max")
+            taken = int((group / used).read_text()) - _figures(group / "memory.stat")[cached]
+            free = min(free, int((group / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
             continue
     return max(free, 0)
+
+
+def _figures(path: Path) -> dict[str, int]:
+    """Lines `NAME NUMBER ...` of a file of the kernel's."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
 
 def compare_tensors(source: Mapping[str, LazyTensor], result: Mapping[str, LazyTensor]) -> int:

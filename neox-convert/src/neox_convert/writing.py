@@ -35,21 +35,28 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
+def dtype_name(name: str | None) -> str | None:
+    """The full name of a dtype; None for None."""
+    aliases = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+    full = aliases.get(name, name) if name else name
+    if full is not None and full not in DTYPE_NAMES:
+        raise UsageError(f"--dtype {name}: expected one of {', '.join(DTYPE_NAMES)}")
+    return full
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """A dtype by its name; None for None."""
-    if name is None:
-        return None
     import torch
 
-    aliases = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
-    if (full := aliases.get(name, name)) not in DTYPE_NAMES:
-        raise UsageError(f"--dtype {name}: expected one of {', '.join(DTYPE_NAMES)}")
-    return getattr(torch, full)
+    full = dtype_name(name)
+    return None if full is None else getattr(torch, full)
 
 
 def cast_all(tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    """All tensors in `dtype`; as they are for None."""
-    return dict(tensors) if dtype is None else {name: tensor.cast(dtype) for name, tensor in tensors.items()}
+    """All tensors in `dtype`; as they are for None. Masks and numbers, which some directories store, stay."""
+    if dtype is None:
+        return dict(tensors)
+    return {name: tensor.cast(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()}
 
 
 def write_tensor_files(directory: Path, tensors: LazyTensors, *, shard_bytes: int, progress: Progress) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,4 +131,38 @@ def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
     save(tmp_path, raw_weights(), 2, 1)
     (tmp_path / "consolidated.01.pth").unlink()
     with pytest.raises(DataError):
+        open_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("params", "word"),
+    [
+        ({"n_heads": 0}, "n_heads"),
+        ({"n_heads": "4"}, "n_heads"),
+        ({"dim": 32.0}, "dim"),
+        ({"n_layers": 10**9}, "1000000000 layers"),
+        ({"n_layers": 3}, "layers.2.attention_norm.weight"),
+        ({"norm_eps": None}, "norm_eps"),
+        ({"rope_theta": "big"}, "rope_theta"),
+    ],
+)
+def test_params_that_do_not_fit(tmp_path: Path, params: dict[str, Any], word: str) -> None:
+    save(tmp_path, raw_weights(), 1, 0, **params)
+    with pytest.raises(DataError, match=re.escape(word)):
+        open_meta(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "output.weight", "layers.1.ffn_norm.weight"])
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    weights = raw_weights()
+    del weights[name]
+    with pytest.raises(DataError, match=re.escape(name)):
+        open_meta(save(tmp_path, weights, 1, 0))
+
+
+def test_a_vector_for_a_matrix_is_bad_data(tmp_path: Path) -> None:
+    weights = raw_weights() | {"output.weight": torch.tensor(1.0)}
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text(json.dumps({"dim": DIM, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}))
+    with pytest.raises(DataError, match="dimensions"):
         open_meta(tmp_path)

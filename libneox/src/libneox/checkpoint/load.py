@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | run_directory.CheckpointRef,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -33,7 +33,8 @@ def load_model(
 
     Args:
         source: RUN, RUN/latest, RUN/step_N, a Hugging Face model directory, or a GPT-NeoX checkpoint with its
-            configs beside it (the slim release of the 20B too), read in place.
+            configs beside it (the slim release of the 20B too), read in place; or what `resolve_checkpoint` has
+            found, whose hashes are not compared again.
         dtype: of the parameters; the stored one if None.
         vocab_size: ids of the tokenizer, which a GPT-NeoX checkpoint does not know; all rows of its embedding if None.
         warn: told what is worth knowing: steps passed over, copies of a tensor that differ; None: stderr.
@@ -47,7 +48,9 @@ def load_model(
         UnsafeInput: a file asks for code to be run.
     """
     warn = warn or run_directory.print_warning
-    ref = run_directory.resolve_checkpoint(source, warn=warn)
+    ref = source
+    if not isinstance(ref, run_directory.CheckpointRef):
+        ref = run_directory.resolve_checkpoint(ref, warn=warn)
     if ref.kind == "legacy":
         from libneox.checkpoint.neox import open_neox
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from libneox import run_directory
+from libneox.checkpoint.lazy import LazyTensor
 from libneox.errors import DataError, InputMissing
 from libneox.run_directory import FileRecord, Manifest
 
@@ -221,10 +222,26 @@ class Tensors(Mapping[str, torch.Tensor]):
         return len(self._where)
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor, from the header alone."""
+        """Dtype and shape of a tensor, from the header alone.
+
+        Raises:
+            DataError: a dtype that no model of ours has, such as F8_E4M3 of a quantised one.
+        """
         view = self._where[name].get_slice(name)
-        names = {code: dtype for dtype, code in DTYPES.items()}
-        return TensorSpec(name, names[view.get_dtype()], tuple(view.get_shape()))
+        code = view.get_dtype()
+        dtype = next((dtype for dtype, known in DTYPES.items() if known == code), None)
+        if dtype is None:
+            raise DataError(f"{self._paths[name]}: {name} is stored as {code}, which is not supported")
+        return TensorSpec(name, dtype, tuple(view.get_shape()))
+
+    def lazy(self) -> dict[str, LazyTensor]:
+        """All of them described, to be read one at a time."""
+
+        def described(name: str) -> LazyTensor:
+            spec = self.spec(name)
+            return LazyTensor(spec.shape, spec.dtype, lambda: self[name])
+
+        return {name: described(name) for name in self}
 
     def close(self) -> None:
         """Close the files; tensors already read stay good."""

@@ -7,6 +7,7 @@ Tensors are cut over model-parallel files like ours would be over ranks. Rotary 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,15 @@ def open_meta(directory: Path, *, seq_length: int | None = None) -> tuple[dict[s
     """
     params = read_json(directory / "params.json")
     files = _files(directory)
-    first = files[0]
-    for name in ("tok_embeddings.weight", "output.weight", "layers.0.feed_forward.w1.weight"):
-        if name not in first:
-            raise DataError(f"{directory}: no {name}; not weights of the Llama kind")
-    config = _config(directory, params, files, seq_length)
-    tensors = _tensors(directory, files, config)
+    try:
+        config = _config(directory / "params.json", params, files, seq_length)
+        tensors = _tensors(files, config)
+    except KeyError as error:
+        raise DataError(f"{directory}: no {error.args[0]} in one of the {len(files)} files; not complete") from error
+    except IndexError as error:
+        raise DataError(f"{directory}: a matrix is stored with fewer than two dimensions") from error
     check_shapes(str(directory), tensors, config.parameter_shapes())
-    known = {name for name in first if _known(name, config.num_layers)}
-    if unknown := sorted(set(first) - known):
+    if unknown := sorted(name for name in files[0] if not _known(name, config.num_layers)):
         raise DataError(f"{directory}: {len(unknown)} tensors of unknown meaning, the first is {unknown[0]}")
     return {name: tensors[name] for name in config.parameter_shapes()}, config
 
@@ -67,30 +68,34 @@ def _files(directory: Path) -> list[dict[str, LazyTensor]]:
 
 
 def _config(
-    directory: Path, params: Mapping[str, Any], files: Sequence[Mapping[str, LazyTensor]], seq_length: int | None
+    where: Path, params: Mapping[str, Any], files: Sequence[Mapping[str, LazyTensor]], seq_length: int | None
 ) -> ModelConfig:
-    try:
-        dim, layers, heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
-        kv_heads = int(params.get("n_kv_heads") or heads)
-        eps = float(params["norm_eps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{directory / 'params.json'}: dim, n_layers, n_heads or norm_eps is missing or wrong"
-        ) from error
+    """What params.json and the shapes describe; KeyError with the name of a tensor that a file lacks."""
+
+    def number(name: str, default: Any = None, *, whole: bool = True) -> Any:
+        value = params.get(name) or default
+        if type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+            raise DataError(f"{where}: {name} is {value!r}, not a positive {'integer' if whole else 'number'}")
+        return value
+
     if "moe" in params or "num_experts" in params:
-        raise DataError(f"{directory / 'params.json'}: a mixture of experts, which from-meta does not read")
+        raise DataError(f"{where}: a mixture of experts, which from-meta does not read")
+    dim, layers, heads = (number(name) for name in ("dim", "n_layers", "n_heads"))
+    eps = number("norm_eps", whole=False)
+    if layers > len(files[0]):  # before a table of all tensors is made for a number out of the blue
+        raise DataError(f"{where}: {layers} layers, and {len(files[0])} tensors in the files")
     vocabulary = sum(file["output.weight"].shape[0] for file in files)
     scaling = None
     length = seq_length or _length(params, vocabulary, eps)
     if params.get("use_scaled_rope"):
-        factor = float(params.get("rope_scaling_factor", 8.0))
+        factor = float(number("rope_scaling_factor", 8.0, whole=False))
         scaling = RopeScaling(type="llama3", factor=factor, original_max_position_embeddings=8192)
     return ModelConfig(
         num_layers=layers,
         hidden_size=dim,
         num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=int(params.get("head_dim") or dim // heads),
+        num_kv_heads=number("n_kv_heads", heads),
+        head_dim=number("head_dim", dim // heads),
         ffn_size=sum(file["layers.0.feed_forward.w1.weight"].shape[0] for file in files),
         vocab_size=vocabulary,
         padded_vocab_size=vocabulary,
@@ -102,9 +107,9 @@ def _config(
         qkv_bias=False,
         attn_out_bias=False,
         mlp_bias=False,
-        rotary_base=float(params.get("rope_theta") or 10000.0),
+        rotary_base=float(number("rope_theta", 10000.0, whole=False)),
         rope_scaling=scaling,
-        sliding_window=params.get("sliding_window"),
+        sliding_window=number("sliding_window") if params.get("sliding_window") else None,
     )
 
 
@@ -118,17 +123,17 @@ def _length(params: Mapping[str, Any], vocabulary: int, eps: float) -> int:
     return 2048 if eps < 5e-6 else 4096  # Llama 1 has 1e-6, Llama 2 1e-5
 
 
-def _tensors(directory: Path, files: Sequence[Mapping[str, LazyTensor]], config: ModelConfig) -> dict[str, LazyTensor]:
+def _tensors(files: Sequence[Mapping[str, LazyTensor]], config: ModelConfig) -> dict[str, LazyTensor]:
+    """Logical tensors; KeyError with the name of one that a file lacks."""
+
     def join(name: str, dim: int) -> LazyTensor:
-        try:
-            return concatenate([file[name] for file in files], dim)
-        except KeyError as error:
-            raise DataError(f"{directory}: {name} is missing in one of the {len(files)} files") from error
+        return concatenate([file[name] for file in files], dim)
 
     def rotated(name: str, heads: int) -> LazyTensor:
         return join(name, 0).map(lambda tensor: interleaved_to_halves(tensor, heads))
 
-    embedding_dim = 0 if files[0]["tok_embeddings.weight"].shape[1] == config.hidden_size else 1
+    # Llama 2 cuts the embedding by columns, Llama 3 by rows
+    embedding_dim = 0 if files[0]["tok_embeddings.weight"].shape[-1] == config.hidden_size else 1
     found = {
         "embed.weight": join("tok_embeddings.weight", embedding_dim),
         "final_norm.weight": files[0]["norm.weight"],
@@ -158,18 +163,13 @@ def _tensors(directory: Path, files: Sequence[Mapping[str, LazyTensor]], config:
 def _known(name: str, layers: int) -> bool:
     if name in ("tok_embeddings.weight", "norm.weight", "output.weight", "rope.freqs"):
         return True
-    parts = name.split(".")
-    return (
-        parts[0] == "layers"
-        and parts[1].isdigit()
-        and int(parts[1]) < layers
-        and (
-            ".".join(parts[2:]).removesuffix(".weight")
-            in {
-                *(f"attention.{part}" for part in ("wq", "wk", "wv", "wo", "inner_attention.rope.freqs")),
-                *(f"feed_forward.{part}" for part in ("w1", "w2", "w3")),
-                "attention_norm",
-                "ffn_norm",
-            }
-        )
-    )
+    found = re.fullmatch(r"layers\.(\d{1,9})\.(.+?)(\.weight)?", name)
+    return found is not None and int(found[1]) < layers and found[2] in _IN_A_LAYER
+
+
+_IN_A_LAYER = {
+    *(f"attention.{part}" for part in ("wq", "wk", "wv", "wo", "inner_attention.rope.freqs")),
+    *(f"feed_forward.{part}" for part in ("w1", "w2", "w3")),
+    "attention_norm",
+    "ffn_norm",
+}

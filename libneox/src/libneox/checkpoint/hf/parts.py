@@ -24,7 +24,7 @@ def write_rope(config: ModelConfig) -> Json:
         scaling = {"rope_type": kind} | {name: fields[name] for name in wanted if fields[name] is not None}
     parameters = {"rope_theta": float(config.rotary_base), **(scaling or {"rope_type": "default"})}
     if config.rotary_dims != config.head_dim:
-        parameters["partial_rotary_factor"] = _share(config)
+        parameters["partial_rotary_factor"] = config.rotary_pct
     return {"rope_parameters": parameters, "rope_theta": float(config.rotary_base), "rope_scaling": scaling}
 
 
@@ -33,13 +33,6 @@ _ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"),
 }
-
-
-def _share(config: ModelConfig) -> float:
-    """The share of a head that is rotated, such that int(head_dim * share) is what we rotate."""
-    if int(config.head_dim * config.rotary_pct) == config.rotary_dims:
-        return config.rotary_pct
-    raise AssertionError("rotary_dims follows from rotary_pct")
 
 
 def read_rope(raw: Json, *, partial: float = 1.0, old_share: str = "partial_rotary_factor") -> Json:

@@ -119,11 +119,13 @@ def config_from_hf(raw: Mapping[str, Any], directory: Path = Path()) -> ModelCon
             raise DataError(f"sizes must be positive integers, not {sizes}")
         if config.num_heads % config.num_kv_heads:
             raise DataError(f"{config.num_heads} heads cannot share {config.num_kv_heads} key and value heads")
+        if not 0 <= config.rotary_dims <= config.head_dim:
+            raise DataError(f"{config.rotary_pct} is no share of a head to rotate; it must be between 0 and 1")
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except KeyError as error:
         raise DataError(f"{where}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}") from error
     return config
 
@@ -146,17 +148,14 @@ def _check_names(
 def stored_tensors(directory: Path) -> dict[str, LazyTensor]:
     """Every tensor of a model directory by its stored name; see `open_hf` for what raises."""
     found: dict[str, LazyTensor] = {}
-    for path in _weight_files(directory):
+    paths, listed = _weight_files(directory)
+    for path in paths:
         tensors = safetensors_of(path) if path.suffix == ".safetensors" else _torch_tensors(path)
         if twice := set(found) & set(tensors):
             raise DataError(f"{path}: holds {min(twice)}, which is in another file too")
         found |= tensors
-    for index in (INDEX, PICKLE_INDEX):
-        if (directory / index).is_file():
-            listed = read_json(directory / index)["weight_map"]
-            if absent := [name for name in listed if name not in found]:
-                raise DataError(f"{directory / index}: lists {absent[0]}, which no file holds")
-            break
+    if absent := [name for name in listed if name not in found]:
+        raise DataError(f"{directory}: the index of its files lists {absent[0]}, which none of them holds")
     return found
 
 
@@ -166,7 +165,8 @@ def _prefixed(found: dict[str, LazyTensor], family: Family) -> dict[str, LazyTen
     return found
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path) -> tuple[list[Path], Iterable[str]]:
+    """The files of the weights, and the tensors that the index of several files lists."""
     for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", PICKLE_INDEX)):
         if (directory / index).is_file():
             weight_map = read_json(directory / index).get("weight_map")
@@ -178,9 +178,9 @@ def _weight_files(directory: Path) -> list[Path]:
                     raise UnsafeInput(f"{directory / index}: names {name!r}, which leads out of the directory")
                 if not (directory / name).is_file():
                     raise InputMissing(f"{directory / name}: no such file, but {index} lists it; copy it again")
-            return [directory / name for name in names]
+            return [directory / name for name in names], weight_map
         if (directory / single).is_file():
-            return [directory / single]
+            return [directory / single], ()
     raise InputMissing(f"{directory}: no model.safetensors, {INDEX} or pytorch_model.bin in it")
 
 
@@ -189,12 +189,7 @@ def safetensors_of(path: Path) -> dict[str, LazyTensor]:
     from libneox.checkpoint.store import Tensors
 
     check_header(path)
-    tensors = Tensors([path])
-    lazy = {}
-    for name in tensors:
-        spec = tensors.spec(name)
-        lazy[name] = LazyTensor(spec.shape, spec.dtype, lambda name=name: tensors[name])  # type: ignore[misc]
-    return lazy
+    return Tensors([path]).lazy()
 
 
 def check_header(path: Path) -> None:

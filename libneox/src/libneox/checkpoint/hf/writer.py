@@ -14,13 +14,6 @@ from libneox.checkpoint.hf.rules import export_tensors
 from libneox.checkpoint.lazy import LazyTensor, LazyTensors
 from libneox.model_config import ModelConfig
 
-TORCH_DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
-
 
 def hf_config_of(
     config: ModelConfig,
@@ -35,6 +28,7 @@ def hf_config_of(
 
     `bos_id` is by default the id that ends a document: GPT-NeoX has one token for both.
     """
+    name = str(dtype).removeprefix("torch.")
     return {
         "architectures": [family.architecture],
         "model_type": family.arch,
@@ -43,8 +37,8 @@ def hf_config_of(
         "eos_token_id": eos_id,
         "pad_token_id": pad_id,
         "use_cache": True,
-        "dtype": TORCH_DTYPES[dtype],
-        "torch_dtype": TORCH_DTYPES[dtype],
+        "dtype": name,
+        "torch_dtype": name,
     }
 
 
@@ -87,19 +81,10 @@ def tokenizer_config_of(
     return found
 
 
-def hf_tensors(
-    tensors: Mapping[str, LazyTensor], config: ModelConfig, family: Family, *, dtype: torch.dtype | None = None
-) -> LazyTensors:
-    """The tensors of the export by the names that stand on disk (`embed_out.weight`, never `lm_head`, for GPTNeoX).
-
-    Args:
-        dtype: cast to this; None keeps each as it is.
-    """
-    made_up = dtype or next(iter(tensors.values())).dtype
-    exported = export_tensors(family.rules(config), tensors, made_up)
-    if dtype is not None:
-        exported = {name: tensor.cast(dtype) for name, tensor in exported.items()}
-    return LazyTensors(exported)
+def hf_tensors(tensors: Mapping[str, LazyTensor], config: ModelConfig, family: Family) -> LazyTensors:
+    """The tensors of the export by the names that stand on disk (`embed_out.weight`, never `lm_head`, for GPTNeoX)."""
+    made_up = next(iter(tensors.values())).dtype  # of biases that only they have
+    return LazyTensors(export_tensors(family.rules(config), tensors, made_up))
 
 
 def trim_vocabulary(tensors: Mapping[str, LazyTensor], config: ModelConfig, rows: int) -> dict[str, LazyTensor]:

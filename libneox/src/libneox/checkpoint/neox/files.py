@@ -32,7 +32,12 @@ class LegacyFiles:
 
     def state(self, rank: int = 0) -> dict[str, Any]:
         """The bookkeeping of one mp_rank file (iteration, schedule, optimizer...); empty if there is none."""
-        return TorchFile(self.states[rank]).read() if self.states else {}
+        if not self.states:
+            return {}
+        state = TorchFile(self.states[rank]).read()
+        if not isinstance(state, dict):
+            raise DataError(f"{self.states[rank]}: not a dictionary of training state")
+        return state
 
 
 def _listing(path: Path) -> list[Path]:
@@ -63,7 +68,7 @@ def open_files(step: Path) -> LegacyFiles:
                 if not (match := SEQUENTIAL_KEY.fullmatch(name)):
                     raise DataError(f"{path}: unknown tensor {name}")
                 pieces.setdefault((int(match[1]), match[2]), {})[rank] = tensor
-    ranks = 1 + max(rank for by_rank in pieces.values() for rank in by_rank)
+    ranks = 1 + max((rank for by_rank in pieces.values() for rank in by_rank), default=0)
     blocks = {index for index, name in pieces if name.startswith("attention.")}
     if blocks != set(range(2, 2 + len(blocks))):
         lost = sorted(set(range(2, max(blocks, default=2) + 1)) - blocks)

@@ -65,6 +65,8 @@ def read_state(checkpoint: LegacyCheckpoint) -> LegacyState | str:
         tensors = _merged(pieces, checkpoint)
     except _Unreadable as problem:
         return str(problem)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:  # no other shape is known here
+        return f"the optimizer files are of an unknown form ({type(problem).__name__}: {problem})"
     step = checkpoint.iteration or 0
     samples = int(first.get("global_samples") or 0)
     optimizer: dict[str, Any] = {"type": "adam", "step": max(steps, default=0)}

@@ -87,7 +87,7 @@ class TorchFile:
         weakref.finalize(self, self._file.close)  # its tensors hold on to it, and may be loaded at any time
         try:
             self._zip = zipfile.ZipFile(self._file)
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
             self._refuse_foreign(error)
         self._members = {info.filename.partition("/")[2]: info for info in self._zip.infolist()}
         self._map: mmap.mmap | None = None
@@ -109,18 +109,20 @@ class TorchFile:
             UnsafeInput: the pickle refers to a name outside the list of what checkpoints hold.
             DataError: damaged.
         """
-        info = self._members.get("data.pkl")
-        if info is None:
+        if "data.pkl" not in self._members:
             raise DataError(f"{self.path}: no data.pkl in it; not a file of torch.save")
-        if info.file_size > MAX_PICKLE_BYTES:
-            raise DataError(f"{self.path}: data.pkl of {info.file_size:,} bytes; that is no checkpoint")
-        if "byteorder" in self._members and self._zip.read(self._members["byteorder"]) != b"little":
+        if "byteorder" in self._members and self._member("byteorder") != b"little":
             raise DataError(f"{self.path}: written on a big-endian machine; save it again on a little-endian one")
+        return self._unpickle(io.BytesIO(self._member("data.pkl")))
+
+    def _member(self, name: str) -> bytes:
+        info = self._members[name]
+        if info.file_size > MAX_PICKLE_BYTES:
+            raise DataError(f"{self.path}: {name} of {info.file_size:,} bytes; that is no checkpoint")
         try:
-            data = self._zip.read(info)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            return self._zip.read(info)
+        except Exception as error:  # zipfile's own and zlib's; encrypted, or of an unknown compression
             raise DataError(f"{self.path}: damaged ({error})") from error
-        return self._unpickle(io.BytesIO(data))
 
     def _unpickle(self, stream: io.BytesIO) -> Any:
         try:

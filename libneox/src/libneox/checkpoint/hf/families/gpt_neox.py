@@ -30,7 +30,7 @@ def _write_gpt_neox(config: ModelConfig) -> Json:
         "hidden_dropout": config.hidden_dropout,
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.residual != "sequential",
-        "attention_bias": config.qkv_bias,
+        "attention_bias": config.qkv_bias or config.attn_out_bias,
     }
 
 
@@ -84,7 +84,7 @@ GPT_NEOX = Family(
         "qk_norm": ("none",),
     },
     conditions=(MHA, SQUARE_HEADS, NO_WINDOW),
-    write=lambda config: _write_gpt_neox(config) | {"attention_bias": config.qkv_bias or config.attn_out_bias},
+    write=_write_gpt_neox,
     read=_read_gpt_neox,
     rules=_gpt_neox_rules,
     defaults={
