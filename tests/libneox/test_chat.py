@@ -48,11 +48,19 @@ def test_it_equals_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ 1 + 'a' }}"]
+    "source",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 + 'a' }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
 )
 def test_refusals_name_the_model(source: str) -> None:
     with pytest.raises(DataError, match="model: the chat template fails"):
-        render(source + "{{ ''.__class__.__mro__[1].__subclasses__() }}")
+        render(source)
 
 
 def test_broken_templates_are_named() -> None:
@@ -74,3 +82,16 @@ def test_settings_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match="tokenizer_config.json"):
         read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("template", [5, [{"name": "default"}], ["text"], [{"name": "default", "template": 5}]])
+def test_templates_that_are_none_are_bad_data(tmp_path: Path, template: object) -> None:
+    with pytest.raises(DataError, match="chat"):
+        read_templates(tmp_path, {"chat_template": template})
+
+
+def test_settings_that_are_no_object(tmp_path: Path) -> None:
+    for text in ("[1]", "{", "[" * 100_000):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(DataError, match="tokenizer_config"):
+            read_settings(tmp_path)

@@ -33,6 +33,12 @@ def test_bytes_is_what_it_says() -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_half_a_surrogate_pair_is_bad_data() -> None:
+    for name in ("bytes", "charlevel"):
+        with pytest.raises(DataError, match=r"U\+D83D"):
+            load_tokenizer(name).encode("a\ud83d")
+
+
 def test_bytes_is_the_same_file_for_ever() -> None:
     # data and checkpoints carry this fingerprint: a change would part them from each other
     assert byte_tokenizer().fingerprint == "8bbdbdf5bb9e8dd931a8e196fd545e45e98a02bc165383e81cda2b73dfc3035a"

@@ -21,6 +21,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, run_command: Any) -> Path:
     data = "".join(json.dumps({"a": {"text": text}}) + "\n" for text in TEXTS).encode()
     (folder / "texts.jsonl").write_bytes(data)
     (folder / "texts.jsonl.gz").write_bytes(gzip.compress(data))
+    (folder / "half.jsonl").write_text('{"text": "\\ud83d"}\n')
+    (folder / "deep.jsonl").write_text("[" * 100_000)
     stream = run_command(["neox-tokenize", "-k", "a.text", folder / "texts.jsonl", "--append-eod"])
     assert stream.returncode == 0, stream.stderr
     packed = run_command(["neox-shard", "pack", "-o", folder / "d"], input=stream.stdout)
@@ -79,6 +81,9 @@ def test_equals_a_plain_forward(files: Path, hf_models: dict[str, Path], run_com
         (["texts.jsonl"], 65, "texts.jsonl:1: no text under 'text'"),
         (["d", "--context", "65"], 2, "--context 65"),
         (["d", "--dtype", "float12"], 2, "float12"),
+        (["d", "--device", "abacus"], 2, "abacus"),
+        (["half.jsonl"], 65, "half.jsonl:1: the text holds U+D83D"),
+        (["deep.jsonl"], 65, "deep.jsonl:1: no text"),
     ],
 )
 def test_errors(

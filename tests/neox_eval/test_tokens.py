@@ -81,6 +81,20 @@ def test_templates_by_name(folder: Path, tmp_path: Path) -> None:
         tokens.template("other")
 
 
+def test_the_template_asked_for_is_the_one_used(hf_models: dict[str, Path]) -> None:
+    """`--chat-template NAME` reaches the prompts, not only the results."""
+    from libneox import load_model
+    from neox_eval.lm import NeoxLM
+
+    tokens = HarnessTokens.load(hf_models["llama"])
+    tokens.templates = {"default": "D", "tools": "T"}
+    lm = NeoxLM(model=load_model(hf_models["llama"]), tokenizer=tokens)
+    for name, text in ((True, "D"), ("tools", "T"), (True, "D")):
+        assert lm.chat_template(name) == lm.apply_chat_template(CHAT) == text
+    with pytest.raises(UsageError, match="default, tools"):
+        lm.chat_template("other")
+
+
 def test_templates_run_in_a_sandbox(folder: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokens = HarnessTokens(HarnessTokens.load(folder).base, {}, {"default": escape})

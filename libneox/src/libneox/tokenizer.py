@@ -111,7 +111,16 @@ class Tokenizer(ABC):
         """The id of a token by its exact name, or None."""
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = True) -> list[int]:
-        """Ids of one text; see `encode_batch`."""
+        """Ids of one text; see `encode_batch`.
+
+        Raises:
+            DataError: the text holds a lone surrogate, as JSON can say but no tokenizer can encode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise DataError(f"the text holds U+{code:04X}, half of a surrogate pair and no character") from error
         return self.encode_batch([text], allow_special=allow_special, add_special_tokens=add_special_tokens)[0].tolist()
 
     @abstractmethod

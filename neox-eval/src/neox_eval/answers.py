@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,3 @@ class AnswerLog:
 def _key(method: str, question: Sequence[Any]) -> str:
     text = json.dumps([method, *question], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def flatten(batches: Iterable[Iterable[tuple[int, Any]]]) -> Iterator[tuple[int, Any]]:
-    """The pairs of all batches."""
-    for batch in batches:
-        yield from batch

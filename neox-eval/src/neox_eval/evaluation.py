@@ -18,37 +18,29 @@ from libneox.errors import InputMissing, NeoxError, UsageError
 from libneox.files import open_input
 from neox_eval.output import Place, dumps
 from neox_eval.ranks import Ranks
-from neox_eval.request import Request
-from neox_eval.tasks import read_specs, split_names
+from neox_eval.request import ModelRequest, Reporting, Request
+from neox_eval.tasks import local_files, read_specs
 
 PROG = "neox-eval"
 
 
 def evaluate_all(
-    checkpoints: Sequence[str],
-    request: Request,
-    stdout: BinaryIO,
-    *,
-    output: Path | None,
-    log_samples: bool,
-    online: bool,
-    force: bool,
-    quiet: bool,
+    checkpoints: Sequence[str], request: Request, stdout: BinaryIO, *, model: ModelRequest, reporting: Reporting
 ) -> None:
     """Evaluate checkpoints; write each one's results as a line of JSON to `stdout` as soon as they are there."""
-    names = split_names(request.tasks)
-    with _harness_environment(names, online=online):
+    names, output = request.names, reporting.output_path
+    with _harness_environment(names, online=reporting.online):
         specs, by_name = read_specs(names)
-        with contextlib.closing(Ranks(request.model.tensor_parallel)) as ranks:
+        with contextlib.closing(Ranks(model.tensor_parallel)) as ranks:
             manager: Any = None
             for checkpoint in _each(checkpoints, ranks):
                 place = Place.of(output, _resolved(checkpoint), several=len(checkpoints) > 1 or checkpoints[0] == "-")
                 if manager is None:
-                    manager = _task_manager(request, by_name, names, quiet=quiet or not ranks.is_first)
-                job = _Job(checkpoint, request, place, ranks, log_samples=log_samples, force=force, quiet=quiet)
-                line = job.run(specs, manager)
+                    quiet = reporting.quiet or not ranks.is_first
+                    manager = _task_manager(request, by_name, names, quiet=quiet)
+                line = _Job(checkpoint, request, model, reporting, place, ranks).run(specs, manager)
                 if line is not None:
-                    stdout.write(line.encode() + b"\n")
+                    stdout.write(line.encode(errors="surrogateescape") + b"\n")
                     stdout.flush()
 
 
@@ -98,7 +90,7 @@ def _task_manager(request: Request, by_name: bool, names: Sequence[str], *, quie
     if by_name and not quiet:
         warn(PROG, "reading the harness's list of tasks, some 15 seconds; task files (.yaml, .jsonl) need it not")
     manager = TaskManager(
-        include_path=list(request.include_path) or None, include_defaults=by_name, metadata=request.metadata
+        include_path=request.include_path or None, include_defaults=by_name, metadata=request.task_metadata
     )
     known = set(manager.all_tasks)
     unknown = [
@@ -117,19 +109,11 @@ class _Job:
     """One checkpoint's evaluation."""
 
     def __init__(
-        self,
-        checkpoint: str,
-        request: Request,
-        place: Place,
-        ranks: Ranks,
-        *,
-        log_samples: bool,
-        force: bool,
-        quiet: bool,
+        self, checkpoint: str, request: Request, model: ModelRequest, reporting: Reporting, place: Place, ranks: Ranks
     ):
-        self.checkpoint, self.request, self.place, self.ranks = checkpoint, request, place, ranks
-        self.log_samples, self.force = log_samples, force
-        self.quiet = quiet or not ranks.is_first
+        self.checkpoint, self.request, self.model, self.reporting = checkpoint, request, model, reporting
+        self.place, self.ranks = place, ranks
+        self.quiet = reporting.quiet or not ranks.is_first
 
     def run(self, specs: Sequence[Any], manager: Any) -> str | None:
         """Evaluate, write the files, and return the results as a line of JSON (None on ranks other than 0)."""
@@ -137,7 +121,7 @@ class _Job:
         from neox_eval.lm import NeoxLM
 
         started = time.time()
-        options = self.request.model
+        options = self.model
         lm = NeoxLM(
             self.checkpoint,
             tokenizer=options.tokenizer,
@@ -145,12 +129,13 @@ class _Job:
             dtype=options.dtype,
             batch_size=options.batch_size,
             max_length=options.max_length,
-            max_gen_toks=options.max_gen_toks,
+            max_gen_toks=self.request.max_gen_toks,
             ranks=self.ranks,
             quiet=self.quiet,
         )
-        fingerprint = self.request.fingerprint(lm.identity)
-        done = self.place.done(fingerprint, force=self.force)
+        lm.chat_template(self.request.template)
+        fingerprint = self.request.fingerprint(lm.identity, options, local_files(self.request.names, specs))
+        done = self.place.done(fingerprint, force=self.reporting.force)
         if done is not None:
             if not self.quiet:
                 warn(PROG, f"{self.place.results}: already evaluated; --force evaluates again")
@@ -158,7 +143,8 @@ class _Job:
         self.place.make()
         suffix = f".rank{self.ranks.rank}" if self.ranks.world_size > 1 else ""
         journal = self.place.beside(f"answers{suffix}.jsonl") if self.ranks.leads else None
-        lm.answers = AnswerLog(journal, model=f"{lm.identity} {lm.max_length} {lm.model.dtype}")
+        drawn = self.request.seeds[2]
+        lm.answers = AnswerLog(journal, model=f"{lm.identity} {lm.max_length} {lm.model.dtype} {drawn}")
         if self.ranks.tensor_parallel > 1:
             lm.answers.follow(self.ranks.told)
         if lm.answers.found and not self.quiet:
@@ -187,12 +173,12 @@ class _Job:
                 task_manager=manager,
                 num_fewshot=request.num_fewshot,
                 limit=int(limit) if limit is not None and limit >= 1 else limit,
-                samples=request.samples,
+                samples=request.documents,
                 bootstrap_iters=request.bootstrap_iters,
-                log_samples=self.log_samples,
+                log_samples=self.reporting.log_samples,
                 system_instruction=request.system_instruction,
-                apply_chat_template=request.chat_template,
-                fewshot_as_multiturn=request.fewshot_as_multiturn and bool(request.chat_template),
+                apply_chat_template=request.template,
+                fewshot_as_multiturn=request.fewshot_as_multiturn and bool(request.template),
                 gen_kwargs=request.gen_kwargs,
                 predict_only=request.predict_only,
                 random_seed=seeds[0],
@@ -200,8 +186,8 @@ class _Job:
                 torch_random_seed=seeds[2],
                 fewshot_random_seed=seeds[3],
                 confirm_run_unsafe_code=request.confirm_run_unsafe_code,
-                metadata=request.metadata,
-                batch_size=self.request.model.batch_size,
+                metadata=request.task_metadata,
+                batch_size=self.model.batch_size,
             )
 
     def _finish(self, results: dict[str, Any], fingerprint: str, started: float) -> str:
@@ -213,7 +199,7 @@ class _Job:
         results["config"]["model_args"] = {"checkpoint": self.checkpoint}
         results["neox"] = {"checkpoint": self.checkpoint, "request": fingerprint, "seconds": time.time() - started}
         line = dumps(results)
-        self.place.write(line, samples if self.log_samples else {})
+        self.place.write(line, samples if self.reporting.log_samples else {})
         if not self.quiet:
             print(f"{self.checkpoint}\n{make_table(results)}", file=sys.stderr)
             if results.get("groups"):
@@ -244,7 +230,7 @@ def _translated_errors() -> Iterator[None]:
         ) from error
     except FileNotFoundError as error:  # also datasets.DatasetNotFoundError
         raise InputMissing(f"a task's data is not there: {_line(error)}; with --online it may be downloaded") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:  # e.g. exp of a huge loss
         if _ours(error):
             raise
         raise UsageError(

@@ -88,11 +88,15 @@ class NeoxLM(TemplateLM):
         self.model, self.tokenizer = model, tokenizer
         self.source = str(source or "in memory")
         self._device = model.device
-        self.max_length = int(max_length or model.config.max_position_embeddings)
+        known = model.config.max_position_embeddings
+        self.max_length = int(max_length or known)
+        if model.config.pos_emb == "learned" and self.max_length > known:
+            raise UsageError(f"max_length {self.max_length}: the model has learned the positions of {known} tokens")
         self.max_gen_toks = int(max_gen_toks)
         self.limits = _limits(batch_size, max_batch_size, model.device)
         self.batch_sizes: dict[int, int] = {}
         self.answers = AnswerLog()
+        self._template: str | None = None  # the chat template's name; None: the default one
         self.quiet = quiet or not self.ranks.is_first
 
     @property
@@ -255,18 +259,17 @@ class NeoxLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; a template that knows no system message gets the conversation without it."""
         try:
-            return self.tokenizer.render(chat_history, reply=add_generation_prompt)
+            return self.tokenizer.render(chat_history, name=self._template, reply=add_generation_prompt)
         except DataError:
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
-            return self.tokenizer.render(rest, reply=add_generation_prompt)
+            return self.tokenizer.render(rest, name=self._template, reply=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The text of the template that `apply_chat_template` uses."""
-        if not chat_template:
-            return None
-        return self.tokenizer.template(chat_template if isinstance(chat_template, str) else None)
+        """Choose the template that `apply_chat_template` uses, by name or the default one, and return its text."""
+        self._template = chat_template if isinstance(chat_template, str) else None
+        return self.tokenizer.template(self._template) if chat_template else None
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor of every rank."""

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from libneox.errors import InputMissing, UsageError
+from libneox.errors import InputMissing
 from libneox.run_directory import MANIFEST
 from neox_eval.tokens import HarnessTokens
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from libneox.model import Transformer
     from libneox.run_directory import CheckpointRef
     from neox_eval.ranks import Ranks
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Loaded(NamedTuple):
@@ -42,20 +41,15 @@ def load(
 
     Args:
         device: cpu, cuda, cuda:N; None: a GPU if there is one.
-        dtype: one of DTYPES; auto is the stored type, or float32 where the CPU has no hardware for that.
+        dtype: see `load_packed`.
         tokenizer: read it from here instead.
         ranks: the processes of the evaluation, which may hold the model together.
     Raises:
         InputMissing: no checkpoint or no tokenizer there.
+        UsageError: no such device or dtype.
     """
-    import torch
-
-    import libneox
     from libneox import cli, run_directory
-    from libneox.generation.prepack import is_slow, prepacked
-
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    from libneox.generation.prepack import load_packed
 
     def warn(message: str) -> None:
         cli.warn("neox-eval", message)
@@ -66,17 +60,9 @@ def load(
     except InputMissing as error:
         raise InputMissing(f"{source}: no tokenizer there ({error}); name one with --tokenizer") from error
     where = choose_device(device, 0 if ranks is None else ranks.local_rank)
-    model = libneox.load_model(
-        ref.path,
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-        device=where,
-        vocab_size=tokens.base.vocab_size,
-        warn=warn,
-        shard=None if ranks is None else ranks.shard(where),
-    )
-    if dtype == "auto" and is_slow(model):
-        model = model.float()
-    return Loaded(prepacked(model, consume=True), tokens, _identity(ref, tokens))
+    shard = None if ranks is None else ranks.shard(where)
+    model = load_packed(ref, device=where, dtype=dtype, vocab_size=tokens.base.vocab_size, warn=warn, shard=shard)
+    return Loaded(model, tokens, _identity(ref, tokens))
 
 
 def choose_device(wanted: str | None, local_rank: int = 0) -> str:
@@ -94,10 +80,14 @@ def choose_device(wanted: str | None, local_rank: int = 0) -> str:
 
 
 def _identity(ref: CheckpointRef, tokens: HarnessTokens) -> str:
-    """A hash that changes with the weights: of a checkpoint's manifest, or of names, sizes and times of the files."""
+    """A hash that changes with the tokenizer, its settings, and the weights.
+
+    Of those: of a checkpoint's manifest, or of names, sizes and times of the files.
+    """
     from libneox.legacy import find_step, stored_configs
 
-    digest = hashlib.sha256(tokens.base.fingerprint.encode())
+    said = [tokens.base.fingerprint, tokens.bos_token, tokens.eos_token, tokens.templates]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     if ref.manifest is not None:
         digest.update((ref.path / MANIFEST).read_bytes())
     elif ref.kind == "hf":

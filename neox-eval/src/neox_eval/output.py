@@ -61,7 +61,7 @@ class Place(NamedTuple):
         if self.results is None or force or not self.results.is_file():
             return None
         try:
-            text = self.results.read_text()
+            text = self.results.read_text(encoding="utf-8", errors="surrogateescape")
             found = json.loads(text)["neox"]["request"]
         except (ValueError, KeyError, TypeError):
             found = None
@@ -77,7 +77,7 @@ class Place(NamedTuple):
             path = self.beside(f"samples_{task.replace('/', '_')}.jsonl")
             with atomic_write(path) as file:  # type: ignore[arg-type]
                 for entry in entries:
-                    file.write(dumps(entry).encode() + b"\n")
+                    file.write(dumps(entry).encode("utf-8", "replace") + b"\n")
         write_text(self.results, text + "\n")
 
 

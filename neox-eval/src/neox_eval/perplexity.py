@@ -192,11 +192,15 @@ def jsonl_documents(path: str, key: str, lm: NeoxLM) -> Iterator[Document]:
             text = json.loads(line)
             for part in [key] if key in text else key.split("."):
                 text = text[part]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}:{number}: no text under {key!r} ({error})") from error
         if not isinstance(text, str):
             raise DataError(f"{path}:{number}: {key!r} is a {type(text).__name__}, not a text")
-        yield _document(lm.tok_encode(text), text)
+        try:
+            ids = lm.tok_encode(text)
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
+        yield _document(ids, text)
 
 
 def _document(ids: list[int], text: str) -> Document:

@@ -99,7 +99,12 @@ def plan(questions: Iterable[Question], limits: Limits) -> Iterator[Batch]:
     for question in questions:
         by_context.setdefault(question.context, []).append(question)
     alone = [group for group in by_context.values() if len(group) == 1]
-    several = [group for group in by_context.values() if len(group) > 1]
+    several = [
+        group[at : at + limits.rows]  # more choices than rows: the context is read again for the next
+        for group in by_context.values()
+        if len(group) > 1
+        for at in range(0, len(group), limits.rows)
+    ]
     for groups, shared in ((alone, False), (several, True)):
         groups.sort(key=_length, reverse=True)
         batch: list[list[Question]] = []

@@ -68,6 +68,26 @@ def read_specs(names: Sequence[str]) -> tuple[list[str | dict[str, Any]], bool]:
     return specs, by_name
 
 
+def local_files(names: Sequence[str], specs: Sequence[str | dict[str, Any]]) -> list[Path]:
+    """The files that tasks given by path are made of: their own, and those of the data they name."""
+    found: list[Path] = []
+    for path in map(Path, names):
+        found += sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    for spec in specs:
+        settings = spec.get("dataset_kwargs") if isinstance(spec, dict) else None
+        if isinstance(settings, dict):
+            found += _data_files(settings.get("data_files"))
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def _data_files(value: Any) -> list[Path]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [path for item in value for path in _data_files(item)]
+    return [Path(value)] if isinstance(value, str) else []
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], bool]:
     """A task or group file, with data files named relative to it made absolute where they are there.
 
@@ -179,7 +199,7 @@ def _first_line(path: Path) -> dict[str, Any]:
         line = next((line for line in file if line.strip()), b"")
     try:
         first = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: line 1 is not JSON ({error})") from error
     if not isinstance(first, dict):
         raise DataError(f"{path}: line 1 is not a JSON object")

@@ -13,7 +13,7 @@ from libneox.errors import DataError, UsageError
 from libneox.generation import Engine, Sampling, generate
 from libneox.generation.conversation import Conversation
 from libneox.generation.lookup import Lookup
-from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prepack, prepacked
+from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prepack, load_packed, prepacked
 from libneox.model import Transformer
 from libneox.model.transformer import activate
 from libneox.tokenizer import Tokenizer
@@ -286,3 +286,37 @@ def test_conversation_reads_only_what_is_new(noise_model: Build, tokenizer: Toke
         assert completion.tokens == slowly(model, tokenizer.encode(history), 6)
         history = "".join((history, completion.text)).encode("ascii", "ignore").decode()
     assert conversation.complete("other", turn=9).tokens == slowly(model, tokenizer.encode("other"), 6)
+
+
+def test_conversation_goes_on_after_an_interruption_while_it_read(
+    noise_model: Build, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a new and still empty cache does not hold is not taken from it."""
+    monkeypatch.setattr("libneox.generation.conversation.LEAST_CAPACITY", 1)
+    model = noise_model()
+    engine = Engine(model, tokenizer, max_tokens=4, prepack=False)
+    conversation = Conversation(engine)
+    conversation.complete("hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.complete("hello and a good deal more")
+    assert conversation.complete("hello and").tokens == slowly(model, tokenizer.encode("hello and"), 4)
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "word"),
+    [
+        ("abacus", "auto", "abacus"),
+        ("meta", "auto", "meta"),
+        ("cuda:99", "auto", "cuda:99"),
+        ("cpu", "float12", "float12"),
+    ],
+)
+def test_devices_and_dtypes_that_are_not_there(tmp_path: Any, device: str, dtype: str, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        load_packed(tmp_path, device=device, dtype=dtype)

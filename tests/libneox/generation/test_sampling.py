@@ -77,6 +77,15 @@ def test_texts_draw_on_their_own() -> None:
     assert len(states) == 4
 
 
+@pytest.mark.parametrize(
+    "fault", [{"temperature": 1e-40}, {"temperature": math.nan}, {"repetition_penalty": math.nan},
+              {"repetition_penalty": math.inf}, {"min_p": math.nan}],
+)  # fmt: skip
+def test_numbers_that_would_make_no_probabilities(fault: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        Sampling(**fault)  # type: ignore[arg-type]
+
+
 def test_all_faults_are_named() -> None:
     with pytest.raises(UsageError) as raised:
         Sampling(temperature=-1, top_k=-2, top_p=1.5, min_p=-0.1, repetition_penalty=0)

@@ -54,11 +54,12 @@ class Conversation:
         if self._cache is None or self._cache.capacity < needed:
             capacity = max(LEAST_CAPACITY, 2 * needed)
             self._cache = KVCache(model.config, 1, capacity, dtype=cache_dtype(model), device=model.device)
-            return 0
+            self._known = []
         shared = 0
         for ours, its in zip(ids[:-1], self._known, strict=False):  # the last id is fed again, for its logits
             if ours != its:
                 break
             shared += 1
         self._cache.truncate(shared)
+        self._known = self._known[:shared]  # should reading the rest be interrupted
         return shared

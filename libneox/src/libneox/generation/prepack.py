@@ -11,14 +11,22 @@ activation behind a product, and the residual added to one.
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from libneox.errors import UsageError
 from libneox.model import KVCache, Transformer
 from libneox.model.attention import attend
 from libneox.model.transformer import MLP, Attention, Block, Context, Linear, activate
 
+if TYPE_CHECKING:
+    from libneox.run_directory import CheckpointRef
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_ROWS = 4  # fewer rows are not faster, and use other kernels
 PACKED_FOR = 16  # rows the layout is chosen for; good from 4 to 512
 FUSED = {  # activations that the kernels know, and their names for them
@@ -181,6 +189,43 @@ def _cpu_flags() -> str:
             return next((line for line in file if line.startswith("flags")), "")
     except OSError:
         return ""
+
+
+def load_packed(
+    source: str | os.PathLike[str] | CheckpointRef, *, device: str, dtype: str = "auto", **options: Any
+) -> Transformer:
+    """`libneox.load_model` for a model that will only be run: packed where that is faster.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+        dtype: one of DTYPES; auto is the stored one, or float32 where the CPU has no hardware for that.
+        options: further arguments of `load_model`.
+    Raises:
+        UsageError: no such device or dtype; and what `load_model` raises.
+    """
+    from libneox.checkpoint.load import load_model
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    check_device(device)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    model = load_model(source, dtype=wanted, device=device, **options)
+    if dtype == "auto" and is_slow(model):
+        model = model.float()
+    return prepacked(model, consume=True)
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError unless this is a device that is here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r}: use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r}: use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"device {name}: there are {count} GPUs here" if count else f"device {name}: no GPU here")
 
 
 def prepacked(model: Transformer, *, consume: bool = False) -> Transformer:

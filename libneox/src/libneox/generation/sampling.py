@@ -16,6 +16,8 @@ from torch import Tensor
 
 from libneox.errors import UsageError
 
+LEAST_TEMPERATURE = 1e-6  # logits over a smaller one would be infinite, and their probabilities no numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -42,10 +44,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.repetition_penalty <= 0:
-            faults.append(f"repetition penalty {self.repetition_penalty} is not above 0")
-        if not 0 <= self.temperature < float("inf"):
-            faults.append(f"temperature {self.temperature} is negative or not a number")
+        if not 0 < self.repetition_penalty < float("inf"):
+            faults.append(f"repetition penalty {self.repetition_penalty} is not a number above 0")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < float("inf")):
+            faults.append(f"temperature {self.temperature} is neither 0 (greedy) nor at least {LEAST_TEMPERATURE}")
         if self.top_k < 0:
             faults.append(f"top-k {self.top_k} is negative")
         for name in ("top_p", "min_p"):

@@ -57,7 +57,9 @@ def score(model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]
     Raises:
         DataError: a pair is longer than the model's context.
     """
-    longest = max((len(context) + len(own) for context, own in pairs), default=0)
+    if not pairs:
+        return []
+    longest = max(len(context) + len(own) for context, own in pairs)
     if longest - 1 > model.config.max_position_embeddings:
         limit = model.config.max_position_embeddings
         raise DataError(f"context and continuation have {longest:,} tokens, the model's context {limit:,}")
