@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import pytest
 import torch
 
-from neox_train.optimizers import decay_groups, lr_scale, set_lr
+from libneox.config import load_config
+from libneox.errors import UsageError
+from neox_train.optimizers import build_optimizer, decay_groups, lr_scale, set_lr
 from neox_train.own_optimizers import SM3, Lion, MadGradWd
 
 NAMES = {
@@ -61,6 +65,25 @@ def test_lion() -> None:
     expected = torch.tensor([1.0, -2.0]) * 0.95 - 0.1 * torch.tensor([1.0, -1.0])
     expected = expected * 0.95 - 0.1 * torch.tensor([-1.0, -1.0])
     torch.testing.assert_close(p.data, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [
+        ("adam", {"lr": 0.1, "betas": [0.9, 1.5]}),
+        ("sgd", {"lr": 0.1, "nesterov": True}),
+        ("lion", {"lr": 0.1, "betas": [0.9, 0.99]}),
+        ("adafactor", {"lr": 0.1, "eps": [None, 0.001]}),
+    ],
+)
+def test_arguments_out_of_range_are_the_users(kind: str, params: dict[str, Any]) -> None:
+    config = load_config([{"optimizer": {"type": kind, "params": params}}])
+    named = [("embed.weight", torch.nn.Parameter(torch.zeros(2, 2)))]
+    if kind in ("lion", "adafactor"):
+        assert build_optimizer(config, named).param_groups
+        return
+    with pytest.raises(UsageError, match=r"optimizer\.params: .*(beta|Nesterov)"):
+        build_optimizer(config, named)
 
 
 def test_madgrad() -> None:

@@ -62,6 +62,14 @@ def test_complete_lines_are_copied() -> None:
     assert stream.getvalue() == "\r\x1b[Kstep 1\r\x1b[Kstep 2\na warning\nhalf a line"
 
 
+def test_a_path_that_is_no_text_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    copy_stderr(str(tmp_path), 0)
+    print("runs/\udcff: not there", file=sys.stderr)
+    (path,) = tmp_path.iterdir()
+    assert path.read_text() == "runs/\\udcff: not there\n"
+
+
 def test_a_copy_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")

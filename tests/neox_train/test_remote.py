@@ -128,8 +128,10 @@ def test_the_newest_whole_step_comes_back(tmp_path: Path) -> None:
     uploads(run, f"file://{there}", []).finish()
     (there / "step_11/manifest.json").unlink()  # was not finished
     (there / "step_10/model").write_bytes(b"x" * 15)
+    (back / "step_7.tmp-killed").mkdir(parents=True)
     told: list[str] = []
     assert remote.fetch(f"file://{there}", back, step=None, warn=told.append) == back / "step_9"
+    assert [path.name for path in back.iterdir() if ".tmp-" in path.name] == []
     assert "step_10/model" in told[0]
     assert run_directory.verify_step(back / "step_9").step == 9
     assert run_directory.list_steps(back) == [9]

@@ -90,6 +90,7 @@ def test_a_signal_ends_the_evaluation_too(start, config, evaluator: Stand, tmp_p
     assert "the evaluation of step 2 was stopped with the run" in errors
     child = Path("/proc") / (tmp_path / "begun").read_text()
     assert not child.exists()
+    assert not list((tmp_path / "RUN").glob(".eval*"))
 
 
 def test_who_waits_shows_that_it_lives(config, evaluator: Stand, tmp_path: Path) -> None:

@@ -102,11 +102,10 @@ class Batches:
         return pinned.to(self.device, non_blocking=True)
 
     def _check(self, tokens: np.ndarray[Any, Any], numbers: range) -> None:
-        largest = int(tokens.max())
-        if largest >= self.vocab_size or int(tokens.min()) < 0:
-            row = int(np.argmax((tokens >= self.vocab_size).any(1) | (tokens < 0).any(1)))
+        if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
+            row, column = np.argwhere((tokens >= self.vocab_size) | (tokens < 0))[0]
             raise DataError(
-                f"sample {numbers[row]}: token id {largest}, the vocabulary ends at {self.vocab_size - 1}; "
+                f"sample {numbers[row]}: token id {tokens[row, column]}, the vocabulary is 0 to {self.vocab_size - 1}; "
                 "the data was made with another tokenizer"
             )
 

@@ -34,7 +34,10 @@ def train(
         str | None, typer.Option("--help-config", metavar="KEY", help="Explain a key of the configuration, and stop.")
     ] = None,
     step_timeout: Annotated[
-        float, typer.Option("--step-timeout", help="Seconds after which a rank that does not answer is given up.")
+        float,
+        typer.Option(
+            "--step-timeout", min=1, max=1e7, help="Seconds after which a rank that does not answer is given up."
+        ),
     ] = 1800.0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
     as_json: cli.Json = False,
@@ -114,9 +117,6 @@ def start_training(config: NeoxConfig, stdout: BinaryIO, *, quiet: bool, step_ti
         return
     check_supported(config, launch.world_size)
     check_installed(config)
-    config.batch_plan(launch.world_size)
-    if not (config.data.data_path or config.data.train_data_paths or config.data.pos_train_data_paths):
-        raise UsageError("data_path: is not set; give --set data_path=PREFIX of a dataset that neox-shard wrote")
     from neox_train.session import Options, run
 
     run(config, launch, Options(stdout=stdout.fileno(), quiet=quiet, step_timeout_s=step_timeout))

@@ -167,7 +167,7 @@ def measure(
     """Train from the seed, in float32, a step on each batch but the last; activations before every step.
 
     Raises:
-        NonFiniteLoss: an activation is not finite.
+        NonFiniteLoss: an activation or the gradient is not finite.
     """
     model = Transformer(model_config)
     engine = PlainEngine(
@@ -184,15 +184,19 @@ def measure(
     for step, batch in enumerate(batches):
         for module, size in activations(model, batch).items():
             if not math.isfinite(size):
-                raise NonFiniteLoss(
-                    f"coord_check: width {model_config.hidden_size} after {step} steps: {module} is not finite; "
-                    "lower the learning rate"
-                )
+                raise _diverged(model_config.hidden_size, step, module)
             records.append(Record(model_config.hidden_size, step, module, size))
         if step + 1 < len(batches):
             engine.backward([batch])
-            engine.step(config.lr)
+            if engine.step(config.lr).skipped:
+                raise _diverged(model_config.hidden_size, step, "the gradient")
     return records
+
+
+def _diverged(width: int, step: int, what: str) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"coord_check: width {width} after {step} steps: {what} is not finite; lower the learning rate"
+    )
 
 
 def activations(model: Transformer, batch: MicroBatch) -> dict[str, float]:

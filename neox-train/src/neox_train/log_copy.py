@@ -41,4 +41,5 @@ def copy_stderr(folder: str, rank: int) -> None:
     """
     path = Path(folder) / f"{socket.gethostname()}_rank{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr = StderrCopy(sys.stderr, path.open("a", encoding="utf-8"))  # type: ignore[assignment]
+    file = path.open("a", encoding="utf-8", errors="backslashreplace")  # as stderr itself: paths may be no UTF-8
+    sys.stderr = StderrCopy(sys.stderr, file)  # type: ignore[assignment]

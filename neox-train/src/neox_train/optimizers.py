@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from libneox.config import NeoxConfig
+from libneox.errors import UsageError
 from neox_train.states import States
 
 Groups = list[dict[str, Any]]
@@ -142,7 +143,11 @@ def state_names(config: NeoxConfig) -> tuple[str, ...]:
 def build_optimizer(
     config: NeoxConfig, named: Iterable[tuple[str, nn.Parameter]], *, mup_width_mult: float = 1.0
 ) -> torch.optim.Optimizer:
-    """The configured optimiser over named parameters, in groups with and without weight decay."""
+    """The configured optimiser over named parameters, in groups with and without weight decay.
+
+    Raises:
+        UsageError: one of its arguments is out of range.
+    """
     rates = functools.partial(
         lr_scale,
         width_mult=mup_width_mult,
@@ -150,7 +155,10 @@ def build_optimizer(
         scalar_norms=config.model.norm == "scalenorm",
     )
     groups = decay_groups(config.optim.weight_decay, named, rates=rates)
-    return kind_of(config).build(groups, config.optimizer_params, config.optim.weight_decay)
+    try:
+        return kind_of(config).build(groups, config.optimizer_params, config.optim.weight_decay)
+    except (TypeError, ValueError) as error:  # torch's own check of the arguments
+        raise UsageError(f"optimizer.params: {error}") from error
 
 
 def decays(name: str) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,22 +22,36 @@ _EVENTS = 100_000  # allocations that a memory history holds
 Warn = Callable[[str], None]
 
 
-class Window(Observer):
-    """Something that is on from the beginning of step `first` to the end of the one before `stop`."""
+class Recorder(Protocol):
+    """What looks on while it is told to."""
 
-    def __init__(self, first: int, stop: int, path: Path, warn: Warn):
+    def begin(self) -> None:
+        """Begin to record."""
+
+    def end(self, path: Path) -> None:
+        """Stop recording, and write a file if this is what writes it."""
+
+
+class Window(Observer):
+    """Has a recorder on from the beginning of step `first` to the end of the one before `stop`."""
+
+    def __init__(self, recorder: Recorder, first: int, stop: int, path: Path, warn: Warn):
         """`path` is what is written when it ends."""
-        self._first, self._stop, self.path, self._warn = first, stop, path, warn
+        self._recorder, self._first, self._stop, self._path, self._warn = recorder, first, stop, path, warn
         self._on = False
+        self._span = contextlib.ExitStack()
 
     def begin_step(self, step: int) -> None:
-        """Switch on."""
+        """Switch on; mark the step in a trace."""
         if not self._on and self._first <= step < self._stop:
             self._on = True
-            self.begin()
+            self._recorder.begin()
+        if self._on:
+            self._span.enter_context(torch.profiler.record_function(f"step {step}"))
 
     def end_step(self, record: dict[str, Any]) -> None:
-        """Switch off."""
+        """End the mark; switch off."""
+        self._span.close()
         if self._on and record["step"] + 1 >= self._stop:
             self._end()
 
@@ -49,21 +63,13 @@ class Window(Observer):
     def _end(self) -> None:
         self._on = False
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.end()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._recorder.end(self._path)
         except (OSError, RuntimeError) as error:  # a trace is not worth a run
-            self._warn(f"{self.path}: {error}; the trace is lost, training goes on")
-
-    def begin(self) -> None:
-        """Begin to record."""
-        raise NotImplementedError
-
-    def end(self) -> None:
-        """Stop recording and write `path`."""
-        raise NotImplementedError
+            self._warn(f"{self._path}: {error}; the trace is lost, training goes on")
 
 
-class Profile(Window):
+class Profile:
     """torch.profiler: a trace for ui.perfetto.dev, chrome://tracing or TensorBoard."""
 
     def begin(self) -> None:
@@ -74,25 +80,13 @@ class Profile(Window):
         self._profiler = torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True)
         self._profiler.start()
 
-    def end(self) -> None:
+    def end(self, path: Path) -> None:
         """Write the trace."""
         self._profiler.stop()
-        self._profiler.export_chrome_trace(str(self.path))
-
-    def begin_step(self, step: int) -> None:
-        """Mark the step in the trace."""
-        super().begin_step(step)
-        self._span = contextlib.ExitStack()
-        if self._on:
-            self._span.enter_context(torch.profiler.record_function(f"step {step}"))
-
-    def end_step(self, record: dict[str, Any]) -> None:
-        """End the mark."""
-        self._span.close()
-        super().end_step(record)
+        self._profiler.export_chrome_trace(str(path))
 
 
-class NsightRange(Window):
+class NsightRange:
     """Under `nsys profile -c cudaProfilerApi` the trace is nsys's: only say when, and name the operations."""
 
     def begin(self) -> None:
@@ -102,25 +96,25 @@ class NsightRange(Window):
         self._names = torch.autograd.profiler.emit_nvtx()
         self._names.__enter__()
 
-    def end(self) -> None:
-        """End the range."""
+    def end(self, path: Path) -> None:
+        """End the range; nsys writes the file."""
         torch.cuda.synchronize()
         self._names.__exit__(None, None, None)
         torch.cuda.profiler.stop()
 
 
-class MemoryHistory(Window):
+class MemoryHistory:
     """Every allocation of the CUDA allocator, with stacks, and what it held at the end."""
 
     def begin(self) -> None:
         """Begin to record."""
         torch.cuda.memory._record_memory_history(max_entries=_EVENTS)
 
-    def end(self) -> None:
+    def end(self, path: Path) -> None:
         """Write torch's snapshot, as JSON: torch's own writer would pickle it."""
         snapshot = torch.cuda.memory._snapshot()
         torch.cuda.memory._record_memory_history(enabled=None)
-        with gzip.open(self.path, "wt") as file:
+        with gzip.open(path, "wt") as file:
             json.dump(snapshot, file, default=str)
 
 
@@ -145,10 +139,11 @@ def build_profilers(
         return []
     found: list[Observer] = []
     if log.profile:
-        kind = NsightRange if "NSYS_PROFILING_SESSION_ID" in os.environ and device.type == "cuda" else Profile
+        under_nsys = "NSYS_PROFILING_SESSION_ID" in os.environ and device.type == "cuda"
         path = run / "profile" / f"rank{rank}_steps_{first}-{stop - 1}.pt.trace.json.gz"
-        found.append(kind(first, stop, path, warn))
+        found.append(Window(NsightRange() if under_nsys else Profile(), first, stop, path, warn))
     if log.memory_profiling:
         folder = Path(log.memory_profiling_path) if log.memory_profiling_path else run / "memory"
-        found.append(MemoryHistory(first, stop, folder / f"rank{rank}_steps_{first}-{stop - 1}.json.gz", warn))
+        path = folder / f"rank{rank}_steps_{first}-{stop - 1}.json.gz"
+        found.append(Window(MemoryHistory(), first, stop, path, warn))
     return found

@@ -185,6 +185,8 @@ def fetch(url: str, folder: Path, *, step: int | None, warn: Warn) -> Path:
         StorageError: the address did not answer.
     """
     filesystem, root = open_address(url)
+    if folder.is_dir():
+        run_directory.remove_unfinished(folder)  # of a copy that was killed
     failed: NeoxError | None = None
     try:
         for number, place in _steps_at(filesystem, root, step):

@@ -7,6 +7,7 @@ costs a warning. Its figures belong to the step of the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,6 +67,8 @@ class Tasks:
             return {}
         if stopped and child.poll() is None:
             _end(child)
+            with contextlib.suppress(OSError):
+                self._taken(step)
             self._warn(f"eval_tasks: the evaluation of step {step} was stopped with the run")
             return {}
         return self._results(step, child.returncode)
@@ -85,17 +88,22 @@ class Tasks:
     def _scratch(self, step: int, kind: str) -> Path:
         return self._run / f".eval_step_{step}.{kind}"
 
-    def _results(self, step: int, code: int) -> dict[str, float]:
+    def _taken(self, step: int) -> tuple[bytes, list[str]]:
+        """What it wrote to stdout, and the lines of stderr; the files go."""
         out, err = self._scratch(step, "out"), self._scratch(step, "err")
+        text, lines = out.read_bytes(), err.read_text(errors="replace").strip().splitlines()
+        out.unlink()
+        err.unlink()
+        return text, lines
+
+    def _results(self, step: int, code: int) -> dict[str, float]:
         try:
-            text, lines = out.read_text(), err.read_text(errors="replace").strip().splitlines()
-            out.unlink()
-            err.unlink()
+            text, lines = self._taken(step)
             if code != 0:
                 reason = lines[-1] if lines else "it said nothing"
                 self._warn(f"eval_tasks: step {step}: neox-eval exits {code}: {reason}; training goes on")
                 return {}
-            write_text(self.path(step), text)
+            write_text(self.path(step), text.decode())
             return figures(json.loads(text)["results"])
         except (OSError, ValueError, KeyError) as error:
             self._warn(f"eval_tasks: step {step}: {error}; training goes on")
