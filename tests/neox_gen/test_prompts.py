@@ -11,7 +11,7 @@ import pytest
 
 from libneox.errors import DataError
 from neox_gen.cli import unescape
-from neox_gen.prompts import Prompt, batches, read_prompts
+from neox_gen.prompts import Prompt, batches, json_line, read_prompts
 
 
 def read(data: bytes, format: str = "auto", prompt_end: str = "\n") -> list[Prompt]:
@@ -24,6 +24,8 @@ def read(data: bytes, format: str = "auto", prompt_end: str = "\n") -> list[Prom
         (b"a\n\n b \nc", "auto", "\n", ["a", "b", "c"]),
         (b'\xef\xbb\xbf{"prompt": "a"}\n{"context": "b"}', "auto", "\n", ["a", "b"]),
         (b'{"prompt": "a"}\n', "lines", "\n", ['{"prompt": "a"}']),
+        (b'\n \n{"prompt": "a"}\n', "auto", "\n", ["a"]),
+        (b"\n \n", "auto", "\n", []),
         (b"{not json\nb", "auto", "\n", ["{not json", "b"]),
         (b"a\nb###c\n###\n", "auto", "###", ["a\nb", "c"]),
         (b"", "auto", "\n", []),
@@ -46,6 +48,7 @@ def test_formats(data: bytes, format: str, prompt_end: str, expected: list[objec
         (b'{"prompt": [true]}', "line 1: `prompt` is not text"),
         (b'{"messages": []}', "line 1: `messages` is not a list"),
         (b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2: not JSON"),
+        (b'{"prompt": "a"}\n{"prompt": "b", "score": NaN}', "line 2: not JSON"),
     ],
 )
 def test_faults_name_the_line(data: bytes, fault: str) -> None:
@@ -69,6 +72,12 @@ def test_batches_are_full_or_do_not_wait_long() -> None:
     assert [prompt.content for prompt in next(gathered)] == ["late"]
     with pytest.raises(DataError, match="broken"):
         next(gathered)
+
+
+def test_numbers_that_json_cannot_say_are_the_model_s_fault() -> None:
+    assert json_line({"a": 1.5, "b": "\u00e9"}, "x") == '{"a": 1.5, "b": "\u00e9"}\n'.encode()
+    with pytest.raises(DataError, match="line 3: the model's log probabilities are not finite"):
+        json_line({"a": [float("-inf")]}, "line 3")
 
 
 def test_unescape() -> None:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from libneox.cli import warn
 from libneox.errors import DataError
-from neox_gen.run import PROG, Options, load_for, make_engine
-
-if TYPE_CHECKING:
-    from neox_gen.loading import Loaded
+from libneox.files import open_input
+from neox_gen.loading import Loaded, load
+from neox_gen.options import PROG, Options, Working
+from neox_gen.prompts import text_lines
+from neox_gen.run import make_engine
 
 HELP = "Ctrl-D ends, Ctrl-C stops an answer, /reset forgets what was said"
 
@@ -44,17 +47,18 @@ class Talk:
         self._messages, self._text = [], ""
 
 
-def talk(options: Options, stdout: BinaryIO) -> None:
+def talk(checkpoint: Path, stdout: BinaryIO, *, options: Options, working: Working) -> None:
     """Read lines until the end of input and answer each on stdout."""
-    loaded = load_for(options)
+    person = sys.stdin is not None and sys.stdin.isatty()
+    lines = _typed_lines() if person else _piped_lines(open_input("-"))
+    loaded = load(checkpoint, working, PROG)
     from libneox.generation.conversation import Conversation
 
     engine = make_engine(options, loaded)
     conversation, said = Conversation(engine), Talk(loaded)
-    person = sys.stdin is not None and sys.stdin.isatty()
     if person and not options.quiet:
         warn(PROG, HELP)
-    for turn, line in enumerate(_lines(person)):
+    for turn, line in enumerate(lines):
         if line.strip() == "/reset":
             said.reset()
         elif line:
@@ -86,10 +90,11 @@ def _answer(conversation: Any, said: Talk, line: str, turn: int, stdout: BinaryI
     stdout.flush()
 
 
-def _lines(person: bool) -> Any:
-    if not person:
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
+def _piped_lines(stream: BinaryIO) -> Iterator[str]:
+    return (line.rstrip("\r\n") for _, line in text_lines(stream, "stdin"))
+
+
+def _typed_lines() -> Iterator[str]:
     import contextlib
 
     with contextlib.suppress(ImportError):
@@ -97,6 +102,8 @@ def _lines(person: bool) -> Any:
     while True:
         try:
             yield input("> ")  # descriptor 1 is stderr here: the prompt is no part of the answers
+        except UnicodeDecodeError:
+            warn(PROG, "that was not UTF-8; nothing was asked")
         except EOFError:
             print(file=sys.stderr)
             return

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from libneox.chat import ChatTemplate, named_tokens, read_settings, read_templates
-from libneox.errors import DataError, InputMissing, UsageError
+from libneox.chat import ChatTemplate, named_tokens, read_object, read_settings, read_templates
+from libneox.errors import InputMissing, UsageError
 
 if TYPE_CHECKING:
     from libneox.model import Transformer
     from libneox.run_directory import CheckpointRef
     from libneox.tokenizer import Tokenizer
+    from neox_gen.options import Working
 
 CONFIG_KEYS = ("temperature", "top_k", "top_p", "maximum_tokens")
 Warn = Callable[[str], None]
@@ -59,9 +59,7 @@ class Loaded:
         return self.tokenizer.encode(text, allow_special=True, add_special_tokens=False)
 
 
-def load(
-    checkpoint: Path, *, device: str | None, dtype: str, tokenizer: str | None, threads: int | None, prog: str
-) -> Loaded:
+def load(checkpoint: Path, working: Working, prog: str) -> Loaded:
     """Load a checkpoint of ours or of GPT-NeoX, or a Hugging Face directory.
 
     Raises:
@@ -76,14 +74,14 @@ def load(
 
     ref = run_directory.resolve_checkpoint(checkpoint, warn=warn)
     try:
-        tokens = load_tokenizer(tokenizer or ref.path)
+        tokens = load_tokenizer(working.tokenizer or ref.path)
     except InputMissing as error:
-        if tokenizer:
+        if working.tokenizer:
             raise
         raise InputMissing(f"{checkpoint}: no tokenizer there; name one with --tokenizer") from error
     files = read_settings(ref.path)
     return Loaded(
-        _load_model(ref, tokens.vocab_size, device=device, dtype=dtype, threads=threads, warn=warn),
+        _load_model(ref, tokens.vocab_size, working, warn),
         tokens,
         _settings(ref),
         _end_ids(ref.path),
@@ -92,30 +90,15 @@ def load(
     )
 
 
-def _load_model(
-    ref: CheckpointRef, vocab_size: int, *, device: str | None, dtype: str, threads: int | None, warn: Warn
-) -> Transformer:
+def _load_model(ref: CheckpointRef, vocab_size: int, working: Working, warn: Warn) -> Transformer:
     import torch
 
-    import libneox
-    from libneox.generation.prepack import is_slow, prepacked
+    from libneox.generation.prepack import load_packed
 
-    if threads:
-        torch.set_num_threads(threads)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no GPU here; use --device cpu")
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = libneox.load_model(ref.path, dtype=wanted, device=device, vocab_size=vocab_size, warn=warn)
-    except RuntimeError as error:
-        if "device" in str(error).lower():
-            raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
-        raise
-    if dtype == "auto" and is_slow(model):
-        model = model.float()
-    return prepacked(model, consume=True)
+    if working.threads:
+        torch.set_num_threads(working.threads)
+    device = working.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_packed(ref, device=device, dtype=working.dtype, vocab_size=vocab_size, warn=warn)
 
 
 def _settings(ref: CheckpointRef) -> dict[str, Any]:
@@ -133,18 +116,7 @@ def _settings(ref: CheckpointRef) -> dict[str, Any]:
 def _end_ids(directory: Path) -> list[int]:
     """`eos_token_id` of a Hugging Face directory: one or several."""
     for name in ("generation_config.json", "config.json"):
-        ids = _json(directory / name).get("eos_token_id")
+        ids = read_object(directory / name).get("eos_token_id")
         if ids is not None:
             return ids if isinstance(ids, list) else [ids]
     return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    return record

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading prompts: lines or JSON objects, gathered into batches while they arrive."""
+"""Reading prompts: lines or JSON objects, gathered into batches while they arrive. And writing such objects."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from libneox.errors import DataError
@@ -45,14 +46,14 @@ def read_prompts(stream: BinaryIO, *, format: str, prompt_end: str, name: str) -
     Raises:
         DataError: invalid UTF-8 or JSON, or an object without a prompt; says the line.
     """
-    if prompt_end == "":
-        raise DataError("an empty --prompt-end separates nothing")
-    lines = _lines(stream, name)
-    first = next(lines, None)
-    if first is None:
-        return
-    rest = (item for part in ([first], lines) for item in part)
-    if format == "jsonl" or (format == "auto" and _is_object(first[1])):
+    lines = text_lines(stream, name)
+    begin = []
+    for line in lines:
+        begin.append(line)
+        if line[1].strip():
+            break
+    rest = itertools.chain(begin, lines)
+    if format == "jsonl" or (format == "auto" and begin and _is_object(begin[-1][1])):
         yield from (parse_object(text, f"{name}: line {number}") for number, text in rest if text.strip())
     elif prompt_end == "\n":
         found = ((number, text.strip()) for number, text in rest)
@@ -83,7 +84,7 @@ def parse_object(line: str, where: str) -> Prompt:
 def load_object(line: str, where: str) -> dict[str, Any]:
     """A JSON object from a line; DataError if it is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
@@ -91,12 +92,26 @@ def load_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def json_line(record: Mapping[str, Any], where: str) -> bytes:
+    """An object as a line of JSON; DataError if it holds numbers that JSON cannot say: the model's, by then."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise DataError(f"{where}: the model's log probabilities are not finite; is it damaged?") from error
+    return text.encode("utf-8", "replace") + b"\n"
+
+
 def numbered_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, blank ones left out."""
-    return ((number, text) for number, text in _lines(stream, name) if text.strip())
+    return ((number, text) for number, text in text_lines(stream, name) if text.strip())
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+def text_lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers from 1; DataError if one is not UTF-8."""
     for number, line in enumerate(stream, 1):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import select
 import time
 from collections.abc import Iterator
@@ -15,69 +13,28 @@ from libneox.cli import warn
 from libneox.errors import DataError
 from libneox.files import open_input
 from neox_gen.loading import Loaded, load
-from neox_gen.prompts import Prompt, batches, read_prompts
+from neox_gen.options import PROG, Options, Working
+from neox_gen.prompts import Prompt, batches, json_line, read_prompts
 
-PROG = "neox-gen"
 WATCH_EVERY_S = 0.05
 SHARE_AFTER_S = 1.0  # of decoding; measuring the memory's bandwidth would take a shorter run as long again
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """The command line of neox-gen, checked."""
-
-    checkpoint: Path
-    file: Path
-    max_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float
-    repetition_penalty: float
-    stop: list[str]
-    seed: int
-    num_return: int
-    number: int | None
-    interactive: bool
-    text: bool
-    logprobs: int | None
-    ids: bool
-    format: str
-    prompt_end: str
-    guess: int
-    batch_size: int
-    skip: bool
-    device: str | None
-    dtype: str
-    tokenizer: str | None
-    threads: int | None
-    quiet: bool
-
-
-def generate_all(options: Options, stdout: BinaryIO) -> None:
+def generate_all(checkpoint: Path, file: Path, stdout: BinaryIO, *, options: Options, working: Working) -> None:
     """Load the model and complete everything asked for."""
     if options.interactive:
         from neox_gen.interactive import talk
 
-        talk(options, stdout)
+        talk(checkpoint, stdout, options=options, working=working)
         return
     if options.number:
         nothing = (Prompt(content="", where=f"text {i + 1}") for i in range(options.number))
         prompts: Iterator[Prompt] = nothing
     else:
-        name = "stdin" if str(options.file) == "-" else str(options.file)
-        stream = open_input(options.file)  # before the model is loaded: what is missing is said at once
+        name = "stdin" if str(file) == "-" else str(file)
+        stream = open_input(file)  # before the model is loaded: what is missing is said at once
         prompts = read_prompts(stream, format=options.format, prompt_end=options.prompt_end, name=name)
-    loaded = load_for(options)
-    Run(options, loaded, stdout).complete(prompts)
-
-
-def load_for(options: Options) -> Loaded:
-    """Load what the options name."""
-    return load(
-        options.checkpoint, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer,
-        threads=options.threads, prog=PROG,
-    )  # fmt: skip
+    Run(options, working, load(checkpoint, working, PROG), stdout).complete(prompts)
 
 
 def make_engine(options: Options, loaded: Loaded, on_step: Any = None) -> Any:
@@ -100,7 +57,7 @@ def make_engine(options: Options, loaded: Loaded, on_step: Any = None) -> Any:
         loaded.tokenizer,
         sampling=sampling,
         max_tokens=chosen(options.max_tokens, "maximum_tokens", 64),
-        stop=options.stop,
+        stop=options.stop or (),
         logprobs=options.logprobs,
         guesses=options.guess,
         end_ids=loaded.end_ids,
@@ -111,8 +68,8 @@ def make_engine(options: Options, loaded: Loaded, on_step: Any = None) -> Any:
 class Run:
     """One pass over the prompts."""
 
-    def __init__(self, options: Options, loaded: Loaded, stdout: BinaryIO):
-        self._options, self._stdout, self._loaded = options, stdout, loaded
+    def __init__(self, options: Options, working: Working, loaded: Loaded, stdout: BinaryIO):
+        self._options, self._working, self._stdout, self._loaded = options, working, stdout, loaded
         self._watched = _Watch(stdout)
         self._engine = make_engine(options, loaded, self._watched.check)
         self._count = self._skipped = 0
@@ -120,7 +77,7 @@ class Run:
     def complete(self, prompts: Iterator[Prompt]) -> None:
         """Complete all prompts and say on stderr how fast it went."""
         options = self._options
-        size = 1 if options.text or options.guess else max(1, options.batch_size // options.num_return)
+        size = 1 if options.text or options.guess else max(1, self._working.batch_size // options.num_return)
         started, seen = time.perf_counter(), 0
         for batch in batches(prompts, size):
             self._complete_batch(batch, seen)
@@ -134,7 +91,7 @@ class Run:
             try:
                 requests.append(self._request(prompt, first + place))
             except DataError as error:
-                if not self._options.skip:
+                if not self._working.skip:
                     raise DataError(f"{prompt.where}: {error}") from error
                 failed[place] = str(error)
         results = iter(self._engine.run(requests, self._stream_text if self._options.text else None))
@@ -180,8 +137,7 @@ class Run:
             whole = record["text"] if self._options.num_return > 1 else ""  # else it was streamed already
             self._stdout.write((whole + "\n").encode("utf-8", "replace"))
         else:
-            line = json.dumps({**prompt.extra, **record}, ensure_ascii=False, allow_nan=False)
-            self._stdout.write(line.encode("utf-8", "replace") + b"\n")
+            self._stdout.write(json_line({**prompt.extra, **record}, prompt.where))
         self._stdout.flush()
 
     def _report(self, seconds: float) -> None:

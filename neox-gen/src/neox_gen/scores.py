@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from libneox.errors import DataError
 from libneox.files import open_input
 from neox_gen.loading import load
-from neox_gen.prompts import load_object, numbered_lines
+from neox_gen.options import PROG, Working
+from neox_gen.prompts import json_line, load_object, numbered_lines
 
-PROG = "neox-gen logprobs"
+VERB = f"{PROG} logprobs"
 
 
 def score_all(
@@ -21,12 +21,7 @@ def score_all(
     file: Path,
     stdout: BinaryIO,
     *,
-    batch_size: int,
-    skip: bool,
-    device: str | None,
-    dtype: str,
-    tokenizer: str | None,
-    threads: int | None,
+    working: Working,
 ) -> None:
     """Score every line of `file` and write it back with its log probabilities, in order.
 
@@ -37,10 +32,10 @@ def score_all(
 
     name = "stdin" if str(file) == "-" else str(file)
     stream = open_input(file)
-    loaded = load(checkpoint, device=device, dtype=dtype, tokenizer=tokenizer, threads=threads, prog=PROG)
+    loaded = load(checkpoint, working, VERB)
     limit = loaded.model.config.max_position_embeddings
     lines = numbered_lines(stream, name)
-    while batch := list(itertools.islice(lines, batch_size)):
+    while batch := list(itertools.islice(lines, working.batch_size)):
         records, pairs, faults = [], [], []
         for number, line in batch:
             record = load_object(line, f"{name}: line {number}")
@@ -51,14 +46,14 @@ def score_all(
                 pairs.append(pair)
                 faults.append(None)
             except DataError as error:
-                if not skip:
+                if not working.skip:
                     raise DataError(f"{name}: line {number}: {error}") from error
                 faults.append(str(error))
             records.append(record)
         scores = iter(score(loaded.model, pairs))
-        for record, fault in zip(records, faults, strict=True):
+        for (number, _), record, fault in zip(batch, records, faults, strict=True):
             result = {"message": fault} if fault else _result(next(scores))
-            stdout.write(json.dumps({**record, **result}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            stdout.write(json_line({**record, **result}, f"{name}: line {number}"))
         stdout.flush()
 
 
