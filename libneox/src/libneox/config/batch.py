@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from libneox.config.tree import NeoxConfig
 
 
+_MOST_TRIED = 10_000  # sizes of a micro-batch, for a remedy
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchPlan:
     """How one optimiser step's samples are cut; global_batch == micro_batch * grad_accum * data_parallel."""
@@ -59,7 +62,8 @@ def _equation(total: int, micro: int, steps: int, ranks: int, given_steps: int |
         if total % (given_steps * ranks) == 0:
             return f"{fact}; set train_micro_batch_size_per_gpu to {total // (given_steps * ranks)}"
         return f"{fact}; set train_batch_size to {micro * steps * ranks}"
-    fitting = [size for size in range(1, micro + 1) if total % (size * ranks) == 0]
+    largest = min(micro, total // ranks, _MOST_TRIED)
+    fitting = next((size for size in range(largest, 0, -1) if total % (size * ranks) == 0), None)
     if fitting:
-        return f"{fact}; set train_micro_batch_size_per_gpu to {fitting[-1]}"
+        return f"{fact}; set train_micro_batch_size_per_gpu to {fitting}"
     return f"{fact}; set train_batch_size to {max(1, round(total / (micro * ranks))) * micro * ranks}"
