@@ -93,6 +93,7 @@ def in_group(rank: int, store: Path, work: Callable[[Mesh], None]) -> None:
     )
     try:
         work(Mesh(rank, tensor_size=RANKS).connected())
+        store.with_name(f"agreed-{rank}").touch()
     finally:
         dist.destroy_process_group()
 
@@ -230,6 +231,7 @@ def everything(mesh: Mesh) -> None:
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     """Losses and gradients of every shape, with sequence parallelism too; layers of a pipeline; random numbers."""
     mp.spawn(in_group, (tmp_path / "store", everything), nprocs=RANKS)
+    assert sorted(path.name for path in tmp_path.glob("agreed-*")) == [f"agreed-{rank}" for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
