@@ -36,6 +36,7 @@ def test_one_micro_batch_unless_asked_for_more() -> None:
     plan = prepared({"gradient_accumulation_steps": 3, "zero_optimization": {"stage": 1}}, batch=5).batch_plan(1)
     assert (plan.micro_batch, plan.grad_accum) == (5, 3)
     assert prepared({"zero_optimization": {"stage": 1}}).zero_stage == 1
+    assert bench.Task.of(prepared({"seq_length": None})).tokens == 2 * 16  # as many as the model has positions
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bfloat16"])

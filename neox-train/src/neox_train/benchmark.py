@@ -104,12 +104,12 @@ class Task:
     @property
     def tokens(self) -> int:
         """Of an optimiser step."""
-        return self.batch * self.accumulate * self.config.model.seq_length
+        return self.batch * self.accumulate * self.model.seq_length
 
     def batches(self) -> list[MicroBatch]:
         """Random tokens: speed does not depend on them."""
         generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, self.config.model.seq_length + 1)
+        shape = (self.batch, self.model.seq_length + 1)
         made = []
         for _ in range(self.accumulate):
             ids = torch.randint(0, self.model.vocab_size, shape, generator=generator).to(self.device)
@@ -213,7 +213,7 @@ def benchmark(config: NeoxConfig, *, versus: bool, steps: int, rounds: int) -> d
         for contender in contenders:
             contender.round(steps, task.device)
     peak = memory_gb()  # before the ceiling's own buffers
-    ceiling = measure(task.model, task.batch, config.model.seq_length, task.dtype, task.device)
+    ceiling = measure(task.model, task.batch, task.model.seq_length, task.dtype, task.device)
     result = _about(task) | {
         "ceiling": {f"{k}_{'gb_per_s' if k == 'copy' else 'tflops'}": round(v / (1e9 if k == "copy" else 1e12), 4)
                     for k, v in dataclasses.asdict(ceiling).items()},
@@ -234,14 +234,14 @@ def _about(task: Task) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(task.device) if on_gpu else "cpu", "threads": torch.get_num_threads(),
         "torch": torch.__version__, "dtype": task.config.compute_precision,
         "parameters": task.model.num_parameters(), "layers": task.model.num_layers, "hidden": task.model.hidden_size,
-        "seq_length": task.config.model.seq_length, "micro_batch": task.batch, "grad_accum": task.accumulate,
+        "seq_length": task.model.seq_length, "micro_batch": task.batch, "grad_accum": task.accumulate,
         "tokens_per_step": task.tokens, "compiled": speed.compiles(task.config, task.device),
     }  # fmt: skip
 
 
 def _figures(task: Task, contender: Contender, ceiling: Ceiling) -> dict[str, Any]:
     """One contender's numbers; shares use the median step."""
-    length, seconds = task.config.model.seq_length, statistics.median(contender.seconds)
+    length, seconds = task.model.seq_length, statistics.median(contender.seconds)
     flops, rate = task.model.flops_per_token(length), task.tokens / seconds
     roof = ceiling.seconds_per_token(task.model, length, task.dtype, task.tokens)
     figures = {

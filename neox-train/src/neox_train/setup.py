@@ -238,7 +238,7 @@ def describe(config: NeoxConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> Des
         world=world,
         dtype=DTYPES[config.compute_precision],
         with_optimizer=not config.train.no_save_optim,
-        forward_length=config.model.seq_length if config.train.checkpoint_validation_with_forward_pass else None,
+        forward_length=config.seq_length if config.train.checkpoint_validation_with_forward_pass else None,
     )
 
 
