@@ -61,10 +61,10 @@ def test_moments_in_a_checkpoint_are_those_of_adam(train, config, tmp_path: Path
 
 
 def test_goes_on_from_adam_but_not_back(train, config, losses, tmp_path: Path) -> None:
-    path = config()
+    path = config(engine="auto")
     train(path, "-q", "--set", "exit_interval=4", code=75)
     train(path, "-q", "--set", "use_bnb_optimizer=true", "--set", "exit_interval=6", code=75)
-    train(config("adam.yml", save=str(tmp_path / "adam")), "-q")
+    train(config("adam.yml", engine="auto", save=str(tmp_path / "adam")), "-q")
     assert losses(tmp_path / "RUN") == pytest.approx(losses(tmp_path / "adam")[:6], rel=0.02)
     assert "set no_load_optim: true" in train(path, "-q", code=2).stderr
 
