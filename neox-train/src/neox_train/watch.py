@@ -119,18 +119,22 @@ class Watch:
             seen[rank] = (beat, now if beat != last[0] else last[1], mark, now if mark != last[2] else last[3])
             if rank != self._group.rank and now - seen[rank][1] > DEAD_S:
                 gone = f"rank {rank} on {hosts[rank]} is dead or stopped"
+                if self._group.is_first:
+                    self._announce(rank, hosts[rank], step, "is dead")
                 self._leave(f"{gone}: no sign of life since step {step}", None)
         if not self._group.is_first or len(seen) < len(watched):
             return  # who sees one rank alone cannot tell the one that hangs from those that wait for it
         slowest = min(seen, key=lambda rank: seen[rank][2])
         if now - max(s[3] for s in seen.values()) > self._timeout:
             host = hosts[slowest]
-            self._store.set("failed", json.dumps({"rank": slowest, "host": host, "step": self._step, "code": 69,
-                                                  "reason": "hangs"}))  # fmt: skip
+            self._announce(slowest, host, self._step, "hangs")
             if slowest == self._group.rank:
                 faulthandler.dump_traceback(file=sys.stderr)
-            time.sleep(3 * BEAT_S)  # the store may live in this process: let that rank read and show its stack
             self._leave(f"rank {slowest} on {host} hangs at step {self._step} for {self._timeout:.0f} s", None)
+
+    def _announce(self, rank: int, host: str, step: int, what: str) -> None:
+        """Let all leave now, and not when they miss the beats of those that have left."""
+        self._store.set("failed", json.dumps({"rank": rank, "host": host, "step": step, "code": 69, "reason": what}))
 
     def _leave(self, line: str, report: dict[str, Any] | None) -> None:
         if report is not None and report["rank"] == self._group.rank:
@@ -145,6 +149,8 @@ class Watch:
             if report is None or self._group.rank == min({0, 1} - {report["rank"]}):
                 print(f"neox-train: error: {line}; the last checkpoint is whole, run the same command again",
                       file=sys.stderr, flush=True)  # fmt: skip
+        if self._group.is_first:
+            time.sleep(3 * BEAT_S)  # the store may live in this process: let the others read, who hangs show its stack
         os._exit(PeerLost.exit_code)
 
 
