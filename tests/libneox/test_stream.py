@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import tempfile
@@ -94,15 +93,19 @@ def test_every_truncation_is_an_error() -> None:
 
 def test_a_flipped_bit_is_an_error_of_the_data_or_harmless() -> None:
     """No pipe flips bits, but a file may; then no error of Arrow's own, and no crash, comes through."""
-    data = written(batch([1, 2], [3]), batch([4] * 50))
+    data, found = written(batch([1, 2], [3]), batch([4] * 50)), 0
     for position in range(len(data)):
         for bit in (position % 8, (position + 3) % 8):
             flipped = bytearray(data)
             flipped[position] ^= 1 << bit
-            with tempfile.TemporaryFile() as file, contextlib.suppress(DataError):
+            with tempfile.TemporaryFile() as file:
                 file.write(flipped)
                 file.seek(0)
-                list(StreamReader(file))
+                try:
+                    list(StreamReader(file))
+                except DataError:
+                    found += 1
+    assert found > len(data)  # of two at each position; what is left is padding and ids, which carry no sum
 
 
 def test_a_writer_that_fails_writes_no_trailer() -> None:

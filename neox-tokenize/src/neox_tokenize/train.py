@@ -82,9 +82,9 @@ def _interruptible() -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(1)
     try:
         yield pool
-    except Exception:
-        raise
     except BaseException as error:
+        if isinstance(error, Exception):
+            raise
         os._exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 128 + signal.SIGTERM)
 
 
