@@ -61,7 +61,10 @@ def keep_host_memory() -> bool:
     at once. What is kept can be in pieces: the peak of the process may be a little higher.
     """
     # one arena, since those of other threads (autograd's is one) are too small for large blocks
-    return _mallopt(arena_max=1, mmap_max=0, trim_threshold=-1) and _grow_in_huge_pages()
+    done = _mallopt(arena_max=1, mmap_max=0, trim_threshold=-1)
+    if done:
+        _grow_in_huge_pages()
+    return done
 
 
 def _grow_in_huge_pages() -> bool:

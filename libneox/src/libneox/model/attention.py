@@ -151,7 +151,7 @@ def attend(
     """
     if pattern.backend == "flash":
         return _flash(q_BTNH, k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), pattern, scale, dropout)
-    if pattern == Pattern() and cpu_attention.takes(q_BTNH, k_BKSH, dropout):
+    if pattern.backend == "sdpa" and pattern.mask is None and cpu_attention.takes(q_BTNH, k_BKSH, dropout):
         return cpu_attention.attention(q_BTNH, k_BKSH.transpose(1, 2), v_BKSH.transpose(1, 2), scale)
     q_BNTH = q_BTNH.transpose(1, 2)
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
