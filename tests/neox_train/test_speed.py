@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import gc
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from libneox import host_memory
 from libneox.config import BatchPlan, load_config
 from libneox.errors import DataError, UsageError
 from libneox.model import Transformer, cpu_attention, init_weights, loss, products
@@ -99,35 +97,11 @@ def test_no_compiler_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_products_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "keep_host_memory", lambda: pytest.fail("was switched off"))
+    monkeypatch.setattr(host_memory, "keep", lambda: pytest.fail("was switched off"))
     for asked, slow, expected in (("auto", True, True), ("auto", False, False), ("torch", True, False)):
         monkeypatch.setattr(products, "mkl_is_slow", lambda slow=slow: slow)
         speed.set_up(config_of(cpu_products=asked, keep_host_memory=False), CPU)
         assert products._onednn is expected
-
-
-HUGE_PAGES = """
-import torch
-from neox_train import speed
-speed.{}()
-kept = torch.ones(32 << 20)
-parts = open("/proc/self/smaps").read().split("[heap]")[1:]
-print(sum(int(part.split("AnonHugePages:")[1].split()[0]) for part in parts))
-"""
-
-
-def test_memory_that_is_kept_comes_in_huge_pages() -> None:
-    """128 MB after the one call are large pages of the heap, after the other they are elsewhere."""
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not offered.exists() or "[madvise]" not in offered.read_text() or "glibc" not in platform.libc_ver():
-        pytest.skip("not left to programs here")
-    found = []
-    for name in ("keep_host_memory", "release_host_memory"):
-        done = subprocess.run(
-            [sys.executable, "-c", HUGE_PAGES.format(name)], check=True, stdout=subprocess.PIPE, text=True, timeout=60
-        )
-        found.append(int(done.stdout))
-    assert found[0] > 64 << 10 > found[1]
 
 
 def test_fastest_kernel_is_one_that_runs() -> None:

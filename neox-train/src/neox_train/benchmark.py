@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from libneox import host_memory
 from libneox.config import NeoxConfig
 from libneox.errors import InputMissing, UsageError
 from libneox.model.init import initial_value
@@ -160,7 +161,7 @@ def transformers(task: Task) -> Contender:
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
 
-    return Contender("transformers", step, speed.release_host_memory)
+    return Contender("transformers", step, host_memory.release)
 
 
 def _transformers_model(shape: ModelConfig) -> Any:

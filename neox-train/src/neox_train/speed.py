@@ -8,20 +8,18 @@ same choices as the run that stopped.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from libneox import host_memory
 from libneox.config import NeoxConfig
 from libneox.errors import UsageError
 from libneox.model import Transformer, cpu_attention, loss, products
@@ -32,7 +30,6 @@ from neox_train.signals import sparing_children
 
 COMPILE_FROM = {"cuda": 200, "cpu": 2000}  # steps that repay the seconds of a compilation
 COLLECT_EVERY = 1000
-HUGE_PAGE = 2 << 20
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -51,55 +48,7 @@ def set_up(config: NeoxConfig, device: torch.device) -> None:
     if asked == "onednn" and not on:
         raise UsageError("cpu_products: this torch was built without oneDNN; set cpu_products: torch")
     if config.speed.keep_host_memory:
-        keep_host_memory()
-
-
-def keep_host_memory() -> bool:
-    """Let glibc take large blocks from its own heap and give nothing back; returns whether there is a glibc to ask.
-
-    By default every tensor over some MB is fresh memory from the kernel, which clears it page by page, and goes back
-    at once. What is kept can be in pieces: the peak of the process may be a little higher.
-    """
-    # one arena, since those of other threads (autograd's is one) are too small for large blocks
-    done = _mallopt(arena_max=1, mmap_max=0, trim_threshold=-1)
-    if done:
-        _grow_in_huge_pages()
-    return done
-
-
-def _grow_in_huge_pages() -> bool:
-    """Have the heap grow in pages of 2 MB, where Linux leaves that to programs; returns whether it agreed.
-
-    A step goes through gigabytes, and in pages of 4 KB spends a sixth of its time looking up addresses. What is
-    reserved here and given back at once is address space; a page gets memory when it is first written to.
-    """
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        if Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2":
-            return False  # where address space counts as memory
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype, size = ctypes.c_void_p, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2
-        block = libc.malloc(ctypes.c_size_t(size))
-        if block:
-            begin = -(-block // HUGE_PAGE) * HUGE_PAGE
-            span = ctypes.c_size_t(block + size - begin)
-            agreed = libc.madvise(ctypes.c_void_p(begin), span, mmap.MADV_HUGEPAGE) == 0
-            libc.free(ctypes.c_void_p(block))
-            return agreed
-    return False
-
-
-def release_host_memory() -> bool:
-    """As glibc behaves by itself once a process has used large blocks; the opposite of `keep_host_memory`."""
-    done = _mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
-    return done and bool(ctypes.CDLL(None).malloc_trim(0) in (0, 1))
-
-
-def _mallopt(**settings: int) -> bool:
-    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4, "arena_max": -8}  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        return all([mallopt(numbers[name], value) for name, value in settings.items()])
-    return False
+        host_memory.keep()
 
 
 def compiles(config: NeoxConfig, device: torch.device) -> bool:

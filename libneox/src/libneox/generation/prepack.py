@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from libneox import host_memory
 from libneox.errors import UsageError
 from libneox.model import KVCache, Transformer
 from libneox.model.attention import attend
@@ -242,15 +243,16 @@ def prepacked(model: Transformer, *, consume: bool = False) -> Transformer:
     with torch.device("meta"):
         packed = PackedTransformer(model.config).eval()
     packed.attention, packed.slopes = model.attention, model.slopes
-    for name, module in list(model.named_modules()):
-        path, _, leaf = name.rpartition(".")
-        if isinstance(module, Linear):
-            setattr(packed.get_submodule(path), leaf, PackedLinear(module.weight, module.bias))
-            if consume:
-                module.weight = None  # type: ignore[assignment]
-        else:
-            for key, parameter in module.named_parameters(recurse=False):
-                setattr(packed.get_submodule(name), key, parameter)
-    if model.config.tie_embeddings:
-        packed.head = PackedLinear(model.embed.weight, None)
+    with host_memory.in_huge_pages():
+        for name, module in list(model.named_modules()):
+            path, _, leaf = name.rpartition(".")
+            if isinstance(module, Linear):
+                setattr(packed.get_submodule(path), leaf, PackedLinear(module.weight, module.bias))
+                if consume:
+                    module.weight = None  # type: ignore[assignment]
+            else:
+                for key, parameter in module.named_parameters(recurse=False):
+                    setattr(packed.get_submodule(name), key, parameter)
+        if model.config.tie_embeddings:
+            packed.head = PackedLinear(model.embed.weight, None)
     return packed
