@@ -78,3 +78,37 @@ def test_sha256_of_a_known_file(tmp_path: Path) -> None:
 )
 def test_human_bytes(count: float, text: str) -> None:
     assert files.human_bytes(count) == text
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "directory", "file", "dangling link"])
+def test_a_directory_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    made, target = tmp_path / "made", tmp_path / "target"
+    made.mkdir()
+    (made / "new").touch()
+    if before == "directory":
+        target.mkdir()
+        (target / "old").touch()
+    elif before == "file":
+        target.touch()
+    elif before == "dangling link":
+        target.symlink_to("nowhere")
+    files.put_in_place(made, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_names_are_exchanged_here(tmp_path: Path) -> None:
+    """And where they are, nobody sees the place empty: the new directory is there before the old one is gone."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("not on this file system")
+    assert (tmp_path / "a/b").exists()
+    assert (tmp_path / "b/a").exists()
+    assert not files._exchange(tmp_path / "a", tmp_path / "missing")

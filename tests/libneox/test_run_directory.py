@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from libneox import files
 from libneox import run_directory as rd
 from libneox.errors import InputMissing, IntegrityError, OutputExists
 
@@ -157,6 +158,38 @@ def test_an_existing_step_is_kept_without_force(tmp_path: Path) -> None:
     temporary = rd.begin_step(tmp_path / "step_1", force=True)
     rd.commit_step(temporary, tmp_path / "step_1", rd.Manifest(step=1))
     assert rd.verify_step(tmp_path / "step_1").files == {}
+
+
+@pytest.mark.parametrize(("can_exchange", "moment"), [(True, 0), (True, 1), (False, 0), (False, 1), (False, 2)])
+def test_a_kill_while_a_step_is_replaced_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool, moment: int
+) -> None:
+    """Before each of the acts of replacing it: there is a whole step, or the next start puts it there."""
+    make_step(tmp_path, 1)
+    temporary = rd.begin_step(tmp_path / "step_1", force=True)
+    done: list[object] = []
+
+    def deadly(act: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **keywords: Any) -> Any:
+            if len(done) == moment:
+                raise SystemExit
+            done.append(act)
+            return act(*args, **keywords)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", deadly(Path.rename))
+        patch.setattr(files, "_exchange", deadly(files._exchange) if can_exchange else lambda *_: False)
+        patch.setattr(files.shutil, "rmtree", deadly(files.shutil.rmtree))
+        with pytest.raises(SystemExit):
+            rd.commit_step(temporary, tmp_path / "step_1", rd.Manifest(step=1))
+    if can_exchange and not files._exchange(*[make_step(tmp_path / "try", n) for n in (1, 2)]):
+        pytest.skip("this file system does not exchange names")
+    rd.remove_unfinished(tmp_path)
+    assert rd.list_steps(tmp_path) == [1]
+    rd.verify_step(tmp_path / "step_1")
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("name", ["model", "manifest.json"])

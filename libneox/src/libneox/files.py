@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -99,6 +101,42 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished, synced directory its name. What has the name already goes, last of all.
+
+    Where the file system can exchange two names there is something whole under `target` at any moment. Elsewhere a kill
+    in between leaves the old one as `old_name(target)`.
+    """
+    if not os.path.lexists(target):
+        temporary.rename(target)
+        fsync_directory(target.parent)
+        return
+    old = temporary
+    if not _exchange(temporary, target):
+        old = old_name(target)
+        target.rename(old)
+        temporary.rename(target)
+    fsync_directory(target.parent)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def old_name(target: Path) -> Path:
+    """What `put_in_place` calls the directory it replaces, where it has to."""
+    return temporary_name(target.with_name(f"{target.name}.old"))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names trade places in one step; False where that cannot be done."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None).renameat2
+        return bool(rename(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(exchange)) == 0)
+    return False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

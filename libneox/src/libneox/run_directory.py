@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from libneox.errors import DataError, InputMissing, IntegrityError, OutputExists
 from libneox.files import FileRecord as FileRecord
-from libneox.files import fsync_directory, sha256_file, write_text
+from libneox.files import fsync_directory, put_in_place, sha256_file, write_text
 from libneox.legacy import is_legacy
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ FORMAT = "neox-checkpoint"
 VERSION = 1
 
 _STEP = re.compile(r"step_(\d+)\Z")
-_UNFINISHED = re.compile(r"step_\d+\.tmp-")
+_UNFINISHED = re.compile(r"(step_\d+)(\.old)?\.tmp-")
 Warn = Callable[[str], None]
 
 
@@ -293,14 +293,7 @@ def commit_step(temporary: Path, target: str | os.PathLike[str], manifest: Manif
     target = Path(target)
     add_file(temporary, MANIFEST, manifest.to_bytes())
     fsync_directory(temporary)
-    if target.exists():  # begin_step(force=True): the old one goes last
-        old = target.with_name(f"{target.name}.tmp-old-{secrets.token_hex(6)}")
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(target)
-    fsync_directory(target.parent)
+    put_in_place(temporary, target)
     if _STEP.match(target.name):
         point_latest(target)
     return target
@@ -326,12 +319,18 @@ def point_latest(target: Path) -> None:
 
 
 def remove_unfinished(run: str | os.PathLike[str]) -> list[str]:
-    """Remove what killed trainers left behind; call only while holding the lock. Returns the names removed."""
+    """Remove what killed trainers left behind; call only while holding the lock. Returns the names removed.
+
+    A step that was being replaced, and has no successor yet, takes its name back.
+    """
     with os.scandir(run) as entries:
         names = [e.name for e in entries if _UNFINISHED.match(e.name) or e.name.startswith(f"{LATEST}.tmp-")]
-    for name in names:
-        path = Path(run) / name
-        if path.is_dir() and not path.is_symlink():
+    for name in list(names):
+        path, match = Path(run) / name, _UNFINISHED.match(name)
+        if match and match[2] and not (Path(run) / match[1]).exists():
+            path.rename(Path(run) / match[1])
+            names.remove(name)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from libneox.errors import OutputExists
-from libneox.files import fsync_directory, temporary_name
+from libneox.files import fsync_directory, put_in_place, temporary_name
 
 _UNFINISHED = re.compile(r"\.tmp-(\d+)\Z")
 
@@ -35,7 +35,7 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         fsync_directory(temporary)
-        _put_in_place(temporary, target)
+        put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -63,23 +63,12 @@ def check_apart(target: Path, source: str) -> None:
         raise OutputExists(f"{target}: holds the source {source}; choose another place")
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    if target.is_dir():
-        old = target.with_name(f"{target.name}.old.tmp-{os.getpid()}")
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(target)
-    fsync_directory(target.parent)
-
-
 def _remove_leftovers(target: Path) -> None:
     for path in target.parent.glob(f"{_escaped(target.name)}*.tmp-*"):
         match = _UNFINISHED.search(path.name)
         if match and path.name[: match.start()] in (target.name, target.name + ".old") and not _alive(int(match[1])):
             if path.name.startswith(target.name + ".old") and not target.exists():
-                path.rename(target)  # killed between the two renames of --force: the old output is still good
+                path.rename(target)  # killed while it was replaced: it is still good
             else:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from libneox.model.products import product
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits in the weights' dtype
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}  # of logits in the weights' dtype
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of logits in float32
 _chunk_bytes: dict[str, int] = {}
 SUM_ROWS = 2048  # rows of the head's gradient added at a time

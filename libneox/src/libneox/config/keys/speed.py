@@ -22,7 +22,7 @@ class Speed:
     )
     loss_chunk_mb: int | None = key(
         None,
-        "Megabytes of logits that the loss works off at a time; 0: all at once. Default: 64, on a GPU 512.",
+        "Megabytes of logits that the loss works off at a time; 0: all at once. Default: 256, on a GPU 512.",
         minimum=0,
     )
     keep_host_memory: bool = key(
