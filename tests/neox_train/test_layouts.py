@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from libneox.checkpoint.load import load_model
 from libneox.checkpoint.store import open_tensors
+from libneox.config import load_config
+from libneox.data.splits import build_splits
 
 
 @pytest.fixture
@@ -18,10 +24,67 @@ def whole(train, config, losses, tmp_path: Path) -> list[float]:
     return losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_stages_on_one_rank(train, config, losses, whole, stage: int, tmp_path: Path) -> None:
-    train(config(zero_optimization={"stage": stage}), "-q")
-    assert losses(tmp_path / "RUN") == pytest.approx(whole, rel=1e-5)
+def zero(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}}
+
+
+TP, PP = {"model_parallel_size": 2}, {"pipe_parallel_size": 2}
+SEVERAL = [
+    *((2, zero(stage), "fp32") for stage in (1, 2, 3)),
+    *((2, keys, "fp32") for keys in (TP, PP)),
+    (4, TP | PP, "fp32"),
+    *((2, keys, "bfloat16") for keys in (zero(1), zero(3), TP)),
+    (4, TP | PP, "bfloat16"),
+]
+MATRIX = [
+    *((1, zero(stage), "fp32") for stage in (0, 2, 3)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SEVERAL),
+]
+
+
+@pytest.mark.parametrize(("ranks", "keys", "precision"), MATRIX, ids=str)
+def test_ten_steps_equal_those_of_one_process(
+    train, train_apart, config, losses, ranks: int, keys: dict[str, Any], precision: str, tmp_path: Path
+) -> None:
+    """Beside ZeRO 1 on one rank. Four samples a step, one or two in each micro-batch of several ranks."""
+    # the padding of the vocabulary must not follow the number of ranks, or the losses would
+    same = {"train_iters": 10, "padded_vocab_size": 384, "precision": precision}
+    train(config("whole.yml", save=str(tmp_path / "whole"), **same), "-q")
+    if ranks == 1:
+        train(config(**same | keys), "-q")
+    else:
+        batch = 1 if "pipe_parallel_size" in keys else 2
+        train_apart(config(**same | keys, train_micro_batch_size_per_gpu=batch), "-q", ranks=ranks, timeout=300)
+    found, wanted = losses(tmp_path / "RUN"), losses(tmp_path / "whole")
+    assert len(wanted) == 10
+    assert found == pytest.approx(wanted, rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_equals_one_of_plain_torch(train, config, metrics, stage: int, tmp_path: Path) -> None:
+    """Loss, norm and weights; with SGD and no decay the change of a weight is its gradient."""
+    lr = 0.5
+    path = config(
+        zero_optimization={"stage": stage}, train_iters=1, optimizer={"type": "sgd", "params": {"lr": lr}},
+        gradient_clipping=0, weight_decay=0.0, lr_decay_style="constant", warmup=0.0, extra_save_iters=[0],
+        train_micro_batch_size_per_gpu=2,
+    )  # fmt: skip
+    train(path, "-q")
+    tokens = build_splits(load_config([path]), train_samples=4).train.read(np.arange(4)).tokens.astype(np.int64)
+    model = load_model(tmp_path / "RUN/step_0").train()
+    logits = model(torch.from_numpy(tokens[:, :-1].copy()))
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:].copy()).flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    (record,) = metrics(tmp_path / "RUN")
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    torch.optim.SGD(model.parameters(), lr=lr).step()
+    with open_tensors(tmp_path / "RUN/step_0") as before, open_tensors(tmp_path / "RUN/step_1") as after:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(after[name], parameter.detach(), rtol=1e-6, atol=1e-7, msg=name)
+            gradient = (before[name] - after[name]) / lr
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
