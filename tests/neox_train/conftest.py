@@ -106,7 +106,7 @@ def process_as_before() -> Iterator[None]:
     if "torch" in sys.modules:
         from libneox.model import cpu_attention, products
 
-        products.use_onednn(False)
+        products.use_onednn()
         cpu_attention.use_tiles(False)
 
 

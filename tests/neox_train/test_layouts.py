@@ -109,7 +109,11 @@ def test_the_plain_engine_is_the_reference(train, config, metrics, precision: st
         for name in a:
             if precision == "fp32" or name.startswith("master/"):
                 wide = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 0.1, "atol": 2e-3}
-                torch.testing.assert_close(a[name], b[name], **wide)
+                ours, reference = a[name], b[name]
+                if name.endswith("qkv.bias") and precision != "fp32":
+                    # softmax does not see the keys' bias: its gradient is rounding, of which Adam makes whole steps
+                    ours, reference = (torch.stack((t.chunk(3)[0], t.chunk(3)[2])) for t in (ours, reference))
+                torch.testing.assert_close(ours, reference, **wide)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-TILE = 1 << 18  # elements
+TILE = 1 << 20  # elements
 
 
 class Leaf(NamedTuple):

@@ -3,7 +3,8 @@
 
 torch's own kernel for CPUs multiplies in small pieces, at a quarter of the rate of a large product; some queries with
 all keys before them, in many heads, are a large product and still fit the cache. The backward pass makes the
-probabilities again: no more than a tile of them is held at any time. Scores and softmax are float32 in any case.
+probabilities again: no more than a tile of them is held at any time. Scores and probabilities are rounded to the dtype
+of the queries, as in GPT-NeoX; softmax and sums are float32 in any case.
 
 Suffixes: B batch, N query heads, K key/value heads, G query heads of each of these, T positions, H head dimension,
 P = B * K pairs, Q queries of a tile in all heads of a group, S keys of a tile.
@@ -12,7 +13,7 @@ P = B * K pairs, Q queries of a tile in all heads of a group, S keys of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,54 +41,69 @@ def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> T
     return torch.ops.neox.causal_attention(q_BTNH, k_BTKH, v_BTKH, scale)
 
 
-class _Tile(NamedTuple):
-    pairs: slice  # of batch and key/value head
-    first: int  # query
-    end: int  # behind the last query, and behind the last key they see
+def _queries(length: int) -> Iterator[slice]:
+    """Those of each row of tiles. The last ones first: they see all keys."""
+    for first in reversed(range(0, length, QUERIES)):
+        yield slice(first, min(first + QUERIES, length))
 
 
-def _tiles(q_PGTH: Tensor) -> Iterator[_Tile]:
-    pairs, group, length, _ = q_PGTH.shape
-    for first in range(0, length, QUERIES):
-        end = min(first + QUERIES, length)
-        most = max(1, TILE * torch.get_num_threads() // (group * (end - first) * end))
-        for begin in range(0, pairs, most):
-            yield _Tile(slice(begin, min(begin + most, pairs)), first, end)
+def _pairs(q_PQH: Tensor, k_PSH: Tensor) -> Iterator[slice]:
+    """Those of each tile in a row."""
+    most = max(1, TILE * torch.get_num_threads() // (q_PQH.shape[1] * k_PSH.shape[1]))
+    for begin in range(0, len(q_PQH), most):
+        yield slice(begin, begin + most)
 
 
-def _probabilities(q_PGTH: Tensor, k_PTH: Tensor, tile: _Tile, scale: float) -> tuple[Tensor, Tensor]:
-    """float32 [P, Q, S], and the queries [P, Q, H]."""
-    q_PGQH = q_PGTH[tile.pairs, :, tile.first : tile.end]
-    q_PQH = q_PGQH.flatten(1, 2)
-    scores = torch.bmm(q_PQH.float() * scale, k_PTH[tile.pairs, : tile.end].float().mT)
-    square = scores.unflatten(1, q_PGQH.shape[1:3])[..., tile.first :]  # left of it all is seen
-    square += torch.full(square.shape[-2:], float("-inf")).triu_(1)
-    return scores.softmax(-1), q_PQH
+def _unseen(queries: slice, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of these queries with the keys beside them: -inf where the key is behind."""
+    size = queries.stop - queries.start
+    return torch.full((size, size), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _probabilities(q_PQH: Tensor, k_PSH: Tensor, unseen_QQ: Tensor) -> Tensor:
+    """[P, Q, S] of scaled queries."""
+    scores = torch.bmm(q_PQH, k_PSH.mT)
+    beside = scores.unflatten(1, (-1, len(unseen_QQ)))[..., -len(unseen_QQ) :]  # what is left of it, all see
+    beside += unseen_QQ
+    return torch._softmax(scores, -1, False)
 
 
 def _by_pair(x_BTNH: Tensor, kv_heads: int) -> Tensor:
-    """[B, T, N, H] -> [P, G, T, H], contiguous."""
-    return x_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+    """[B, T, N, H] -> [P, G * T, H], a dense copy: of slices torch's product would make one each time."""
+    by_head = x_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    return by_head.clone(memory_format=torch.contiguous_format).flatten(2, 3).flatten(0, 1)
 
 
-def _by_position(x_PGTH: Tensor, batch: int) -> Tensor:
-    """[P, G, T, H] -> [B, T, N, H], contiguous."""
-    return x_PGTH.unflatten(0, (batch, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
+def _put(x_PQH: Tensor, target_BTNH: Tensor, kv_heads: int) -> None:
+    """The opposite of `_by_pair`."""
+    target = target_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    target.copy_(x_PQH.view(target.shape))
+
+
+def _add(part_PSH: Tensor, sum_PTH: Tensor, pairs: slice) -> None:
+    """To the sums of these pairs, which begin with the longest part."""
+    here = sum_PTH[pairs, : part_PSH.shape[1]]
+    if here.shape[1] == sum_PTH.shape[1]:
+        here.copy_(part_PSH)
+    else:
+        here += part_PSH
 
 
 # Operators of our own are one node each to torch.compile.
 @torch.library.custom_op("neox::causal_attention", mutates_args=())
 def _forward(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> Tensor:
     heads = k_BTKH.shape[2]
-    q_PGTH = _by_pair(q_BTNH, heads)
-    k_PTH, v_PTH = (_by_pair(x, heads).squeeze(1) for x in (k_BTKH, v_BTKH))
-    out_PGTH = torch.empty_like(q_PGTH)
-    for tile in _tiles(q_PGTH):
-        p_PQS, _ = _probabilities(q_PGTH, k_PTH, tile, scale)
-        mixed_PQH = torch.bmm(p_PQS.to(v_PTH.dtype), v_PTH[tile.pairs, : tile.end])
-        part = out_PGTH[tile.pairs, :, tile.first : tile.end]
-        part.copy_(mixed_PQH.view(part.shape))
-    return _by_position(out_PGTH, len(q_BTNH))
+    k_PTH, v_PTH = _by_pair(k_BTKH, heads), _by_pair(v_BTKH, heads)
+    out_BTNH = torch.empty(q_BTNH.shape, dtype=q_BTNH.dtype)
+    for queries in _queries(q_BTNH.shape[1]):
+        q_PQH, unseen_QQ = _by_pair(q_BTNH[:, queries], heads).mul_(scale), _unseen(queries, q_BTNH.dtype)
+        k_PSH, v_PSH = (x[:, : queries.stop].contiguous() for x in (k_PTH, v_PTH))
+        mixed_PQH = torch.empty_like(q_PQH)
+        for pairs in _pairs(q_PQH, k_PSH):
+            p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ)
+            torch.bmm(p_PQS, v_PSH[pairs], out=mixed_PQH[pairs])
+        _put(mixed_PQH, out_BTNH[:, queries], heads)
+    return out_BTNH
 
 
 @_forward.register_fake
@@ -100,24 +116,25 @@ def _backward(
     d_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, dtype = k_BTKH.shape[2], q_BTNH.dtype
-    q_PGTH, d_PGTH = _by_pair(q_BTNH, heads), _by_pair(d_BTNH, heads)
-    k_PTH, v_PTH = (_by_pair(x, heads).squeeze(1) for x in (k_BTKH, v_BTKH))
-    dq_PGTH = torch.empty_like(q_PGTH)
-    dk_PTH, dv_PTH = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_PTH, v_PTH))  # sums of several tiles
-    for tile in _tiles(q_PGTH):
-        pairs, seen = tile.pairs, slice(tile.end)
-        p_PQS, q_PQH = _probabilities(q_PGTH, k_PTH, tile, scale)
-        d_PQH = d_PGTH[pairs, :, tile.first : tile.end].flatten(1, 2)
-        dv_PTH[pairs, seen] += torch.bmm(p_PQS.to(dtype).mT, d_PQH)
-        dp_PQS = torch.bmm(d_PQH, v_PTH[pairs, seen].mT).float()
-        ds_PQS = torch._softmax_backward_data(dp_PQS, p_PQS, -1, torch.float32).to(dtype)
-        part = dq_PGTH[pairs, :, tile.first : tile.end]
-        part.copy_(torch.bmm(ds_PQS, k_PTH[pairs, seen]).mul_(scale).view(part.shape))
-        dk_PTH[pairs, seen] += torch.bmm(ds_PQS.mT, q_PQH)
-    batch = len(q_BTNH)
-    dk_PTH *= scale
-    dk_BTKH, dv_BTKH = (_by_position(x.to(dtype).unsqueeze(1), batch) for x in (dk_PTH, dv_PTH))
-    return _by_position(dq_PGTH, batch), dk_BTKH, dv_BTKH
+    k_PTH, v_PTH = _by_pair(k_BTKH, heads), _by_pair(v_BTKH, heads)
+    dk_PTH, dv_PTH = (torch.empty(x.shape, dtype=torch.float32) for x in (k_PTH, v_PTH))  # sums of several tiles
+    dq_BTNH, dk_BTKH, dv_BTKH = (torch.empty(x.shape, dtype=dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
+    for queries in _queries(q_BTNH.shape[1]):
+        q_PQH, unseen_QQ = _by_pair(q_BTNH[:, queries], heads).mul_(scale), _unseen(queries, dtype)
+        d_PQH = _by_pair(d_BTNH[:, queries], heads)
+        k_PSH, v_PSH = (x[:, : queries.stop].contiguous() for x in (k_PTH, v_PTH))
+        dq_PQH = torch.empty_like(q_PQH)
+        for pairs in _pairs(q_PQH, k_PSH):
+            p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ)
+            _add(torch.bmm(p_PQS.mT, d_PQH[pairs]), dv_PTH, pairs)
+            dp_PQS = torch.bmm(d_PQH[pairs], v_PSH[pairs].mT)
+            ds_PQS = torch._softmax_backward_data(dp_PQS, p_PQS, -1, dtype)
+            _add(torch.bmm(ds_PQS.mT, q_PQH[pairs]), dk_PTH, pairs)
+            torch.bmm(ds_PQS, k_PSH[pairs], out=dq_PQH[pairs])
+        _put(dq_PQH.mul_(scale), dq_BTNH[:, queries], heads)
+    _put(dk_PTH, dk_BTKH, heads)
+    _put(dv_PTH, dv_BTKH, heads)
+    return dq_BTNH, dk_BTKH, dv_BTKH
 
 
 @_backward.register_fake

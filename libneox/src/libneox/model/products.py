@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a model: torch's own, or on request oneDNN's where torch would call a slower library.
+"""Matrix products of a model: torch's own, or on request oneDNN's, asked for directly.
 
 For float32 on an x86 CPU torch calls MKL, which on other makers' processors reaches two thirds of what oneDNN does.
-Both sum in float32; they differ by rounding. Products in bfloat16 are oneDNN's in any case.
+Both sum in float32; they differ by rounding. Products in bfloat16 are oneDNN's in any case: asked for directly they add
+the bias on the way, and torch.compile can take them (of its own, two biases with one gradient become two variables of
+one name in C++, seen in torch 2.13).
 """
 
 from __future__ import annotations
@@ -15,18 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_WEIGHT = 1 << 16  # elements; for smaller matrices the call costs more than it saves
-_onednn = False
+_onednn: frozenset[torch.dtype] = frozenset()
 
 
-def use_onednn(on: bool) -> bool:
-    """Choose for this process; returns whether oneDNN is in use now.
+def use_onednn(*dtypes: torch.dtype) -> frozenset[torch.dtype]:
+    """Choose for this process whose products oneDNN is asked for; returns those that it has.
 
-    It stays off where torch was built without it. `on` is best `mkl_is_slow()`, which depends on the machine alone: a
-    choice made with a clock could differ between two runs, and so would their last digits.
+    float32 is best among them if `mkl_is_slow()`, which depends on the machine alone: a choice made with a clock could
+    differ between two runs, and so would their last digits.
     """
     global _onednn
-    _onednn = on and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    _onednn = frozenset(filter(has_onednn, dtypes))
     return _onednn
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype, in this torch and on this CPU."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache
@@ -55,8 +64,9 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 def _takes(a: Tensor, b: Tensor) -> bool:
-    large = _onednn and b.numel() >= LEAST_WEIGHT
-    return large and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    if a.dtype not in _onednn or a.dtype != b.dtype or a.device.type != "cpu":
+        return False
+    return b.numel() >= LEAST_WEIGHT or torch.compiler.is_compiling()
 
 
 def _product(a_MK: Tensor, b_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -75,15 +85,15 @@ def _(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("neox::linear_backward", mutates_args=())
-def _linear_backward(grad: Tensor, x: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _linear_backward(grad: Tensor, x: Tensor, weight_NK: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
     grad_MN = grad.reshape(-1, grad.shape[-1])
     d_x = _product(grad_MN, weight_NK.T).view(x.shape)
-    return d_x, grad_MN.T @ x.reshape(-1, x.shape[-1])  # oneDNN would copy both factors first
+    return d_x, grad_MN.T @ x.reshape(-1, x.shape[-1]), grad_MN.sum(0) if biased else grad.new_empty(0)
 
 
 @_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight_NK.new_empty(weight_NK.shape)
+def _(grad: Tensor, x: Tensor, weight_NK: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight_NK.new_empty(weight_NK.shape), grad.new_empty(grad.shape[-1] if biased else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -93,9 +103,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    d_x, d_weight = torch.ops.neox.linear_backward(grad, *ctx.saved_tensors)
-    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.biased else None
-    return d_x, d_weight, d_bias
+    d_x, d_weight, d_bias = torch.ops.neox.linear_backward(grad, *ctx.saved_tensors, ctx.biased)
+    return d_x, d_weight, d_bias if ctx.biased else None
 
 
 _linear.register_autograd(_gradients, setup_context=_save)

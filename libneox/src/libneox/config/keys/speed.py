@@ -14,11 +14,13 @@ class Speed:
     compile: Literal["auto", "on", "off"] = key(
         "auto",
         "torch.compile of the blocks, with static shapes. auto: if a compiler is there and train_iters is at least 200 "
-        "(on a CPU 2000, and float32), with one rank to a model, ZeRO up to stage 2, no curriculum; on: or an error.",
+        "(on a CPU 2000), with one rank to a model, ZeRO up to stage 2, no curriculum; on: or an error.",
         synonyms={"true": "on", "false": "off"},
     )
     cpu_products: Literal["auto", "onednn", "torch"] = key(
-        "auto", "Who multiplies float32 matrices on a CPU. auto: oneDNN where MKL is slow, on x86 not made by Intel."
+        "auto",
+        "Who multiplies in blocks on a CPU. auto: oneDNN in bfloat16, and in float32 where MKL is slow (x86 not made "
+        "by Intel); onednn: in both; torch: whoever torch asks.",
     )
     loss_chunk_mb: int | None = key(
         None,
@@ -32,7 +34,8 @@ class Speed:
     )
     attention_kernel: Literal["auto", "torch", "tiles", "cudnn", "flash", "efficient", "math"] = key(
         "auto",
-        "Kernel of attention. auto: the fastest of a timed trial on a GPU, tiles on a CPU; torch: what SDPA chooses.",
+        "Kernel of attention. auto: the fastest of a timed trial on a GPU, tiles on a CPU (whose scores are rounded in "
+        "bfloat16, as GPT-NeoX's); torch: what SDPA chooses.",
     )
     freeze_gc: bool = key(
         True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
