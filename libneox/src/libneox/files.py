@@ -107,7 +107,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
     """Give a finished, synced directory its name. What has the name already goes, last of all.
 
     Where the file system can exchange two names there is something whole under `target` at any moment. Elsewhere a kill
-    in between leaves the old one as `old_name(target)`.
+    in between leaves the old one as `NAME.old.tmp-...`.
     """
     if not os.path.lexists(target):
         temporary.rename(target)
@@ -115,7 +115,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
         return
     old = temporary
     if not _exchange(temporary, target):
-        old = old_name(target)
+        old = temporary_name(target.with_name(f"{target.name}.old"))
         target.rename(old)
         temporary.rename(target)
     fsync_directory(target.parent)
@@ -123,11 +123,6 @@ def put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)
-
-
-def old_name(target: Path) -> Path:
-    """What `put_in_place` calls the directory it replaces, where it has to."""
-    return temporary_name(target.with_name(f"{target.name}.old"))
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -325,16 +325,18 @@ def remove_unfinished(run: str | os.PathLike[str]) -> list[str]:
     """
     with os.scandir(run) as entries:
         names = [e.name for e in entries if _UNFINISHED.match(e.name) or e.name.startswith(f"{LATEST}.tmp-")]
-    for name in list(names):
+    removed = []
+    for name in names:
         path, match = Path(run) / name, _UNFINISHED.match(name)
         if match and match[2] and not (Path(run) / match[1]).exists():
             path.rename(Path(run) / match[1])
-            names.remove(name)
-        elif path.is_dir() and not path.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return names
+        removed.append(name)
+    return removed
 
 
 def prune(run: str | os.PathLike[str], keep_last: int, *, protect: Iterable[int] = ()) -> list[int]:

@@ -31,6 +31,8 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
     """The model under the engine that fits the optimiser and the mesh; its values are not set yet."""
     dtype, plan = DTYPES[config.compute_precision], config.batch_plan(mesh.world_size)
     shard = Shard.of(mesh, sequence=config.parallel.sequence_parallel)
+    plain = mesh.pipe_size == 1 and runs_plain(config, mesh.world_size)
+    speed.check_graphs(config, device, plain=plain)
 
     def optimizer(named: Any) -> torch.optim.Optimizer:
         return build_optimizer(config, named, mup_width_mult=model_config.mup_width_mult)
@@ -51,7 +53,7 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
     if speed.compiles(config, device):
         speed.compile_blocks(model)
     objective = build_objective(config, model, shard)
-    if runs_plain(config, mesh.world_size):
+    if plain:
         from neox_train.plain import PlainEngine
 
         return PlainEngine(
@@ -62,6 +64,7 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
             grad_accum=plan.grad_accum,
             clipping=config.optim.gradient_clipping,
             mesh=mesh,
+            recorded=config.speed.cuda_graphs,
         )
     from neox_train.engine import DeepSpeedEngine
 

@@ -21,6 +21,7 @@ from libneox.parallel.shard import Pieces, Shard
 from neox_train import tiles
 from neox_train.objective import LanguageModeling, MicroBatch
 from neox_train.optimizers import set_lr, states_of
+from neox_train.recorded import Recorded
 from neox_train.steps import Outcome
 
 ALONE = Mesh()
@@ -39,7 +40,13 @@ class PlainEngine:
         grad_accum: int,
         clipping: float,
         mesh: Mesh = ALONE,
+        recorded: bool = False,
     ):
+        """Take over the model.
+
+        Args:
+            recorded: replay micro-batches as CUDA graphs.
+        """
         if dtype == torch.float16:
             raise UsageError("precision: fp16 with this optimizer has no loss scaling; set precision to bfloat16")
         self.objective = objective.to(device)
@@ -54,6 +61,7 @@ class PlainEngine:
         self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
         self._states = states_of(self._optimizer)
         self._tiled = tiles.takes(self._optimizer, device)
+        self._recorded = Recorded(self._micro_batch, self._weights.values()) if recorded else None
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off."""
@@ -61,12 +69,13 @@ class PlainEngine:
 
     def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Add up the gradients of a step's micro-batches, each divided by their number; returns their mean loss."""
-        losses = []
-        for batch in batches:
-            loss = self.objective(*batch)
-            (loss / self._accumulate).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
+        work = self._recorded or self._micro_batch
+        return torch.stack([work(batch) for batch in batches]).mean()
+
+    def _micro_batch(self, batch: MicroBatch) -> Tensor:
+        loss = self.objective(*batch)
+        (loss / self._accumulate).backward()
+        return loss.detach()
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Mean loss of micro-batches without gradients."""
@@ -124,6 +133,12 @@ class PlainEngine:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._weights.items()}
 
     def _clear(self) -> None:
+        if self._recorded is not None:
+            torch._foreach_zero_([weight.grad for weight in self._weights.values() if weight.grad is not None])
+            if not self._same:
+                for master in self._masters.values():
+                    master.grad = None
+            return
         for parameters in (self._weights, self._masters):
             for parameter in parameters.values():
                 parameter.grad = None

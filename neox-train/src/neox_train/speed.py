@@ -26,6 +26,7 @@ from libneox.model import Transformer, cpu_attention, loss, products
 from libneox.model.transformer import Block
 from libneox.model_config import ModelConfig
 from neox_train.observers import Observer
+from neox_train.recompute import policy_of
 from neox_train.signals import sparing_children
 
 COMPILE_FROM = {"cuda": 200, "cpu": 2000}  # steps that repay the seconds of a compilation
@@ -90,6 +91,27 @@ def _cannot_compile(config: NeoxConfig, device: torch.device) -> str:
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return "there is no C++ compiler"
     return ""
+
+
+def check_graphs(config: NeoxConfig, device: torch.device, *, plain: bool) -> None:
+    """Raise UsageError if micro-batches are to be recorded and cannot be.
+
+    Args:
+        plain: whether the plain engine runs this.
+    """
+    why = remedy = ""
+    if device.type != "cuda":
+        why = "there is no GPU to record on"
+    elif not plain:
+        why, remedy = "DeepSpeed looks at gradients in the midst", "engine: plain and zero_optimization.stage: 0"
+    elif config.tensor_parallel > 1:
+        why, remedy = "ranks that share a model meet in the midst", "model_parallel_size: 1"
+    elif policy_of(config) != "none":
+        why, remedy = "what is computed again asks for the random state in the midst", "checkpoint_policy: none"
+    elif (config.get("curriculum_learning") or {}).get("enabled"):
+        why = "a curriculum changes the shapes"
+    if config.speed.cuda_graphs and why:
+        raise UsageError(f"cuda_graphs: {why}; set {remedy and remedy + ', or '}cuda_graphs: false")
 
 
 def compile_blocks(model: Transformer) -> None:

@@ -37,6 +37,11 @@ class Speed:
         "Kernel of attention. auto: the fastest of a timed trial on a GPU, tiles on a CPU (whose scores are rounded in "
         "bfloat16, as GPT-NeoX's); torch: what SDPA chooses.",
     )
+    cuda_graphs: bool = key(
+        False,
+        "Forward and backward pass of a micro-batch are recorded once and replayed: for models so small that launching "
+        "kernels takes longer than they do. Opt-in, on a GPU, with the plain engine and nothing checkpointed.",
+    )
     freeze_gc: bool = key(
         True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
     )
