@@ -58,7 +58,9 @@ def update(optimizer: torch.optim.Optimizer, leaves: Iterable[Leaf], coefficient
             beta1, beta2 = group["betas"]
             flat = [t.view(-1).split(TILE) for t in (weight, master, state["exp_avg"], state["exp_avg_sq"])]
             for grad, low, value, mean, square in zip(gradient.reshape(-1).split(TILE), *flat, strict=True):
-                scaled = grad.float() if coefficient is None else grad.float() * coefficient
+                scaled = grad.float()
+                if coefficient is not None:  # in its place, unless that is the gradient's own
+                    scaled = scaled * coefficient if scaled is grad else scaled.mul_(coefficient)
                 adam(
                     [value], [scaled], [mean], [square], [], [state["step"]], lr=group["lr"], beta1=beta1, beta2=beta2,
                     weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],

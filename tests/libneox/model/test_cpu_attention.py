@@ -47,6 +47,23 @@ def test_equals_plain_arithmetic(shape: tuple[int, ...], tile: int, monkeypatch:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1, 1 << 19])
+def test_kept_probabilities_change_nothing(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences keep them for the backward pass, longer ones make them again."""
+    monkeypatch.setattr(cpu_attention, "TILE", tile)
+    given = inputs(2, 6, 2, 300, dtype)
+    found = []
+    for short, held in ((300, 2 * 6 * (44 * 300 + 128 * (256 + 128))), (299, 0)):
+        monkeypatch.setattr(cpu_attention, "SHORT", short)
+        q, k, v = given
+        _, *saved = cpu_attention.attention(q, k, v, 0.3).grad_fn.saved_tensors  # type: ignore[union-attr]
+        assert saved[-1].numel() == held
+        found.append(outcome(given, "sdpa"))
+    for kept, again in zip(*found, strict=True):
+        assert torch.equal(kept, again)
+
+
 def unfused(inputs: list[Tensor]) -> list[Tensor]:
     """As GPT-NeoX and transformers compute it operator by operator: scores and probabilities in the queries' dtype."""
     q, k, v = (part.transpose(1, 2) for part in inputs)
@@ -89,4 +106,5 @@ def test_takes_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_is_an_operator_that_compilers_understand() -> None:
-    torch.library.opcheck(torch.ops.neox.causal_attention, (*inputs(1, 4, 2, 10, torch.float32), 0.5))
+    for keep in (True, False):
+        torch.library.opcheck(torch.ops.neox.causal_attention, (*inputs(1, 4, 2, 10, torch.float32), 0.5, keep))

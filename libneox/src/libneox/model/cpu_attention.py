@@ -3,8 +3,9 @@
 
 torch's own kernel for CPUs multiplies in small pieces, at a quarter of the rate of a large product; some queries with
 all keys before them, in many heads, are a large product and still fit the cache. The backward pass makes the
-probabilities again: no more than a tile of them is held at any time. Scores and probabilities are rounded to the dtype
-of the queries, as in GPT-NeoX; softmax and sums are float32 in any case.
+probabilities again, no more than a tile of them is held at any time; those of short sequences, which are less than
+other activations, are kept for it. Scores and probabilities are rounded to the dtype of the queries, as in GPT-NeoX;
+softmax and sums are float32 in any case.
 
 Suffixes: B batch, N query heads, K key/value heads, G query heads of each of these, T positions, H head dimension,
 P = B * K pairs, Q queries of a tile in all heads of a group, S keys of a tile.
@@ -12,6 +13,7 @@ P = B * K pairs, Q queries of a tile in all heads of a group, S keys of a tile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 QUERIES = 128  # of a tile
 TILE = 1 << 19  # scores of a tile, for each thread
+SHORT = 512  # positions
 _on = False
 
 
@@ -38,7 +41,31 @@ def takes(q_BTNH: Tensor, k_BKSH: Tensor, dropout: float) -> bool:
 
 def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> Tensor:
     """Causal attention [B, T, N, H]; query head n reads key/value head n // (N/K)."""
-    return torch.ops.neox.causal_attention(q_BTNH, k_BTKH, v_BTKH, scale)
+    mixed_BTNH, _ = torch.ops.neox.causal_attention(q_BTNH, k_BTKH, v_BTKH, scale, _keeps(q_BTNH, k_BTKH, v_BTKH))
+    return mixed_BTNH
+
+
+def _keeps(q_BTNH: Tensor, *others: Tensor) -> bool:
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, *others))
+    return needed and q_BTNH.shape[1] <= SHORT
+
+
+class _Kept:
+    """Probabilities of all tiles one after the other: written in the forward pass, read in the same order backwards."""
+
+    def __init__(self, flat: Tensor):
+        self._flat, self._at = flat, 0
+
+    @staticmethod
+    def size(q_BTNH: Tensor) -> int:
+        """Elements of all tiles."""
+        batch, length, heads, _ = q_BTNH.shape
+        return sum(batch * heads * (queries.stop - queries.start) * queries.stop for queries in _queries(length))
+
+    def next(self, shape: tuple[int, ...]) -> Tensor:
+        """The next tile."""
+        begin, self._at = self._at, self._at + math.prod(shape)
+        return self._flat[begin : self._at].view(shape)
 
 
 def _queries(length: int) -> Iterator[slice]:
@@ -60,12 +87,12 @@ def _unseen(queries: slice, dtype: torch.dtype) -> Tensor:
     return torch.full((size, size), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _probabilities(q_PQH: Tensor, k_PSH: Tensor, unseen_QQ: Tensor) -> Tensor:
+def _probabilities(q_PQH: Tensor, k_PSH: Tensor, unseen_QQ: Tensor, kept: _Kept | None) -> Tensor:
     """[P, Q, S] of scaled queries."""
     scores = torch.bmm(q_PQH, k_PSH.mT)
     beside = scores.unflatten(1, (-1, len(unseen_QQ)))[..., -len(unseen_QQ) :]  # what is left of it, all see
     beside += unseen_QQ
-    return torch._softmax(scores, -1, False)
+    return torch.softmax(scores, -1, out=None if kept is None else kept.next(scores.shape))
 
 
 def _by_pair(x_BTNH: Tensor, kv_heads: int) -> Tensor:
@@ -91,8 +118,10 @@ def _add(part_PSH: Tensor, sum_PTH: Tensor, pairs: slice) -> None:
 
 # Operators of our own are one node each to torch.compile.
 @torch.library.custom_op("neox::causal_attention", mutates_args=())
-def _forward(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> Tensor:
+def _forward(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     heads = k_BTKH.shape[2]
+    flat = torch.empty(_Kept.size(q_BTNH) if keep else 0, dtype=q_BTNH.dtype)
+    kept = _Kept(flat) if keep else None
     k_PTH, v_PTH = _by_pair(k_BTKH, heads), _by_pair(v_BTKH, heads)
     out_BTNH = torch.empty(q_BTNH.shape, dtype=q_BTNH.dtype)
     for queries in _queries(q_BTNH.shape[1]):
@@ -100,21 +129,22 @@ def _forward(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> Te
         k_PSH, v_PSH = (x[:, : queries.stop].contiguous() for x in (k_PTH, v_PTH))
         mixed_PQH = torch.empty_like(q_PQH)
         for pairs in _pairs(q_PQH, k_PSH):
-            p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ)
+            p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ, kept)
             torch.bmm(p_PQS, v_PSH[pairs], out=mixed_PQH[pairs])
         _put(mixed_PQH, out_BTNH[:, queries], heads)
-    return out_BTNH
+    return out_BTNH, flat
 
 
 @_forward.register_fake
-def _(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> Tensor:
-    return q_BTNH.new_empty(q_BTNH.shape)
+def _(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    return q_BTNH.new_empty(q_BTNH.shape), q_BTNH.new_empty(_Kept.size(q_BTNH) if keep else 0)
 
 
 @torch.library.custom_op("neox::causal_attention_backward", mutates_args=())
 def _backward(
-    d_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float
+    d_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, flat: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _Kept(flat) if flat.numel() else None
     heads, dtype = k_BTKH.shape[2], q_BTNH.dtype
     k_PTH, v_PTH = _by_pair(k_BTKH, heads), _by_pair(v_BTKH, heads)
     dk_PTH, dv_PTH = (torch.empty(x.shape, dtype=torch.float32) for x in (k_PTH, v_PTH))  # sums of several tiles
@@ -125,7 +155,10 @@ def _backward(
         k_PSH, v_PSH = (x[:, : queries.stop].contiguous() for x in (k_PTH, v_PTH))
         dq_PQH = torch.empty_like(q_PQH)
         for pairs in _pairs(q_PQH, k_PSH):
-            p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ)
+            if kept is not None:
+                p_PQS = kept.next((len(q_PQH[pairs]), q_PQH.shape[1], k_PSH.shape[1]))
+            else:
+                p_PQS = _probabilities(q_PQH[pairs], k_PSH[pairs], unseen_QQ, None)
             _add(torch.bmm(p_PQS.mT, d_PQH[pairs]), dv_PTH, pairs)
             dp_PQS = torch.bmm(d_PQH[pairs], v_PSH[pairs].mT)
             ds_PQS = torch._softmax_backward_data(dp_PQS, p_PQS, -1, dtype)
@@ -138,17 +171,20 @@ def _backward(
 
 
 @_backward.register_fake
-def _(d_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    d_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, flat: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return q_BTNH.new_empty(q_BTNH.shape), k_BTKH.new_empty(k_BTKH.shape), v_BTKH.new_empty(v_BTKH.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, bool], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, d_BTNH: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *torch.ops.neox.causal_attention_backward(d_BTNH, *ctx.saved_tensors, ctx.scale), None
+def _gradients(ctx: Any, d_BTNH: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    return *torch.ops.neox.causal_attention_backward(d_BTNH, *ctx.saved_tensors, ctx.scale), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
