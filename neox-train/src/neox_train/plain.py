@@ -133,15 +133,14 @@ class PlainEngine:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._weights.items()}
 
     def _clear(self) -> None:
-        if self._recorded is not None:
+        if not self._same:
+            for master in self._masters.values():
+                master.grad = None
+        if self._recorded is not None:  # its gradients stay where they are
             torch._foreach_zero_([weight.grad for weight in self._weights.values() if weight.grad is not None])
-            if not self._same:
-                for master in self._masters.values():
-                    master.grad = None
             return
-        for parameters in (self._weights, self._masters):
-            for parameter in parameters.values():
-                parameter.grad = None
+        for weight in self._weights.values():
+            weight.grad = None
 
     def names(self) -> list[str]:
         """Logical parameters in the model's order."""

@@ -88,7 +88,8 @@ def _(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 def _linear_backward(grad: Tensor, x: Tensor, weight_NK: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
     grad_MN = grad.reshape(-1, grad.shape[-1])
     d_x = _product(grad_MN, weight_NK.T).view(x.shape)
-    return d_x, grad_MN.T @ x.reshape(-1, x.shape[-1]), grad_MN.sum(0) if biased else grad.new_empty(0)
+    d_weight = grad_MN.T @ x.reshape(-1, x.shape[-1])  # asked directly, oneDNN would copy both factors first
+    return d_x, d_weight, grad_MN.sum(0) if biased else grad.new_empty(0)
 
 
 @_linear_backward.register_fake
