@@ -9,7 +9,7 @@ import torch
 
 from libneox.checkpoint.store import open_tensors, read_trainer
 from libneox.config import NeoxConfig
-from libneox.config.engine import wants_deepspeed
+from libneox.config.engine import is_plain
 from libneox.config.partition import partition
 from libneox.errors import UsageError
 from libneox.model.init import initial_value
@@ -90,9 +90,7 @@ def pipeline_parts(config: NeoxConfig, model_config: ModelConfig, micro_batches:
 
 
 def runs_plain(config: NeoxConfig, world_size: int) -> bool:
-    """Whether the plain engine runs this: asked for, needed by the optimiser, or one rank that partitions nothing.
-
-    DeepSpeed's flattening costs 15 % of a step of a 70M model at one rank on a CPU, and there is nothing to partition.
+    """Whether the plain engine runs this: `is_plain`, where nothing speaks against it.
 
     Raises:
         UsageError: the configuration asks for two things that exclude each other.
@@ -109,10 +107,7 @@ def runs_plain(config: NeoxConfig, world_size: int) -> bool:
             f"model_parallel_size: {kind} needs whole matrices, which {config.tensor_parallel} ranks would cut; "
             "set it to 1, or take adam, sgd or lion"
         )
-    if shaped or asked != "auto":
-        return shaped or asked == "plain"
-    alone = world_size == 1 and config.zero_stage <= 1 and config.compute_precision != "fp16"
-    return alone and not wants_deepspeed(config)
+    return is_plain(config, world_size)
 
 
 def restore(config: NeoxConfig, engine: Engine, start: Start) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from libneox.config import load_config
+from libneox.config.engine import WHOLE
 from libneox.config.estimate import dry_run, render
 from libneox.errors import UsageError
 
@@ -24,6 +25,7 @@ def test_20b_as_it_was_trained() -> None:
         "pipeline_stages": 4,
         "data_parallel": 12,
         "zero_stage": 1,
+        "engine": "deepspeed",
         "precision": "",
     }
     assert report["batch"]["grad_accum"] == 32
@@ -57,8 +59,41 @@ def test_zero_divides_what_it_says() -> None:
     assert (rows[1]["weights"], rows[1]["gradients"], rows[1]["optimizer"]) == (2 * count, 2 * count, 12 * count // 8)
     assert (rows[2]["weights"], rows[2]["gradients"]) == (2 * count, 2 * count // 8)
     assert rows[3]["weights"] == 2 * count // 8
-    fp32 = dry_run(load_config(["pythia/1.4B"], overrides=["precision=fp32"]), world_size=1)["memory_per_rank"][0]
-    assert (fp32["weights"], fp32["gradients"], fp32["optimizer"]) == (4 * count, 4 * count, 12 * count)
+    fp32 = dry_run(load_config(["pythia/1.4B"], overrides=["precision=fp32"]), world_size=8)["memory_per_rank"][0]
+    assert (fp32["weights"], fp32["gradients"], fp32["optimizer"]) == (4 * count, 4 * count, 12 * count // 8)
+
+
+@pytest.mark.parametrize(
+    ("precision", "world", "overrides", "bytes_each"),
+    [
+        ("fp32", 1, (), (4, 4, 8, 0)),  # the weights are the masters
+        ("fp32", 8, ("engine=plain",), (4, 4, 8, 0)),
+        ("fp32", 1, ("engine=deepspeed",), (4, 4, 12, 0)),
+        ("fp32", 1, ("fp32_allreduce=true",), (4, 4, 12, 0)),  # only DeepSpeed does that
+        ("bfloat16", 1, (), (2, 2, 12, 4)),
+        ("bfloat16", 8, ("engine=plain", "data_types.grad_accum_dtype=fp32"), (2, 2, 12, 4)),
+        ("bfloat16", 8, ("optimizer={type: sm3}",), (2, 2, 8, 4)),
+        ("fp16", 1, (), (2, 2, 12, 0)),
+    ],
+)
+def test_each_engine_is_counted_as_it_is(precision: str, world: int, overrides: tuple, bytes_each: tuple) -> None:
+    config = load_config(["pythia/1.4B"], overrides=[f"precision={precision}", *overrides])
+    row = dry_run(config, world_size=world)["memory_per_rank"][0]
+    names = ("weights", "gradients", "optimizer", "update")
+    assert tuple(row[name] / row["parameters"] for name in names) == bytes_each
+
+
+def test_the_update_counts_where_it_needs_more_than_the_activations() -> None:
+    small = ("precision=bfloat16", "checkpoint_activations=true", "train_micro_batch_size_per_gpu=1")
+    for overrides, larger in ((small, "update"), (("precision=bfloat16",), "activations")):
+        row = dry_run(load_config(["pythia/1.4B"], overrides=overrides), world_size=1)["memory_per_rank"][0]
+        assert row["total"] == row["weights"] + row["gradients"] + row["optimizer"] + row[larger]
+
+
+def test_the_plain_engine_gets_what_looks_at_shapes() -> None:
+    from neox_train.optimizers import KINDS
+
+    assert {name for name, kind in KINDS.items() if kind.shaped} == set(WHOLE)
 
 
 @pytest.mark.parametrize(

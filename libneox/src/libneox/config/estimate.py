@@ -2,7 +2,7 @@
 """What a run would cost, from arithmetic alone: parameters, memory of each rank, tokens, schedule, FLOPs.
 
 Memory is an estimate of what the model needs. It leaves out the framework's own memory (about 1 GB on a GPU),
-fragmentation and communication buffers; the formulas are part of the answer.
+fragmentation and DeepSpeed's buffers; the formulas are part of the answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from libneox.config.engine import is_plain
 from libneox.config.partition import partition
 from libneox.config.writer import write_yaml
 from libneox.curriculum import curriculum_of, periods
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 
 VOCAB_SIZES = {"GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
 STATES_PER_PARAMETER = {"lion": 1, "muon": 1, "sm3": 1, "adafactor": 0, "madgrad_wd": 3}  # others: Adam's 2
-WHOLE = ("sm3", "muon", "adafactor")  # need whole matrices, so ZeRO cannot split their states
 REPLICATED = ("_norm.weight", "_norm.bias", "attn.out.bias", "mlp.down.bias", "pos_embed.weight")
 LOSS_CHUNK_TOKENS = 1024  # the loss makes logits of so many tokens at a time
 FORMULAS = {
     "weights": "parameters of the stage / TP (norms and output biases whole), 2 bytes each (fp32: 4); ZeRO-3: / DP",
     "gradients": "as many, 2 bytes each (fp32 or grad_accum_dtype fp32: 4); ZeRO-2 and 3: / DP",
-    "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (whole for sm3, muon, adafactor; "
-    "use_bnb_optimizer: whole, moments 1 byte)",
+    "optimizer": "fp32 copy and moments (Adam 2), 4 bytes each, / DP (plain engine: whole, and no copy in fp32; "
+    "use_bnb_optimizer: moments 1 byte)",
+    "update": "plain engine in bfloat16: gradients once more in fp32 (Adam of one rank on a CPU does without) when the "
+    "activations are gone; the total has the larger of the two",
     "activations": "micro-batch * sequence * batches in flight (PP - stage; dualpipev PP + 1/2) * layers of the stage "
     "* numbers kept, which are 4h (norms and their inputs; 3h in parallel blocks; / TP with sequence_parallel) + "
     "(3q + 3kv, without rotary 2q + 2kv, + 2f, gated 4f) / TP; with checkpoint_activations h a layer and one layer in "
@@ -50,12 +52,13 @@ class StageMemory:
     gradients: int
     optimizer: int
     activations: int
+    update: int  # what the update needs once the activations are gone
     host: int  # optimiser states offloaded to host memory
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
 def dry_run(config: NeoxConfig, world_size: int | None = None) -> dict[str, Any]:
@@ -82,6 +85,7 @@ def dry_run(config: NeoxConfig, world_size: int | None = None) -> dict[str, Any]
             "pipeline_stages": config.pipeline_stages,
             "data_parallel": world // (config.tensor_parallel * config.pipeline_stages),
             "zero_stage": max(1, config.zero_stage),
+            "engine": "plain" if is_plain(config, world) else "deepspeed",
             "precision": config.compute_precision,
         },
         "batch": dataclasses.asdict(plan) if plan else None,
@@ -123,7 +127,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _memory_table(rows: list[dict[str, int]]) -> list[str]:
-    names = ("weights", "gradients", "optimizer", "activations", "total")
+    names = ("weights", "gradients", "optimizer", "activations", "update", "total")
     head = f"{'stage':>5} {'layers':>6} {'parameters':>14} " + " ".join(f"{name:>11}" for name in names)
     lines = ["memory of each rank, estimated:", head]
     for row in rows:
@@ -241,24 +245,23 @@ def _memory(config: NeoxConfig, model: ModelConfig, plan: BatchPlan | None, worl
 def _stage_memory(
     config: NeoxConfig, model: ModelConfig, stage: int, layers: int, micro: int, accumulation: int, world: int
 ) -> StageMemory:
-    pipe, tensor = config.pipeline_stages, config.tensor_parallel
-    data = max(1, world // (pipe * tensor))
+    pipe, tensor, plain = config.pipeline_stages, config.tensor_parallel, is_plain(config, world)
+    data = 1 if plain else max(1, world // (pipe * tensor))  # ranks that share weights, gradients and states
     held = _held_parameters(model, layers, first=stage == 0, last=stage == _loss_stage(config), tensor=tensor)
     zero = max(1, config.zero_stage)
     full = config.compute_precision == "fp32"
     weight_bytes = 4 if full else 2
     grad_dtype = (config.precision.data_types or {}).get("grad_accum_dtype")
-    grad_bytes = 4 if full or grad_dtype == "fp32" else 2
+    grad_bytes = 4 if full or (grad_dtype == "fp32" and not plain) else 2
     kind = config.optimizer_type
     moments = STATES_PER_PARAMETER.get(kind, 2)
     if kind == "sgd":
         moments = 1 if config.optimizer_params.get("momentum") else 0
-    whole = kind in WHOLE or config.optim.use_bnb_optimizer
-    copies = 0 if full and whole else 1
+    copies = 0 if full and plain else 1
     moment_bytes = 1 if config.optim.use_bnb_optimizer else 4
-    optimizer = (moment_bytes * moments + 4 * copies) * held // (1 if whole else data)
+    optimizer = (moment_bytes * moments + 4 * copies) * held // data
     section = (config.parallel.zero_optimization or {}).get("offload_optimizer") or {}
-    offloaded = isinstance(section, dict) and section.get("device") in ("cpu", "nvme")
+    offloaded = not plain and isinstance(section, dict) and section.get("device") in ("cpu", "nvme")
     return StageMemory(
         stage=stage,
         layers=layers,
@@ -267,6 +270,7 @@ def _stage_memory(
         gradients=grad_bytes * held // (data if zero >= 2 else 1),
         optimizer=0 if offloaded else optimizer,
         activations=_activations(config, model, layers, stage, micro, accumulation) * weight_bytes,
+        update=4 * held if plain and not full else 0,
         host=optimizer if offloaded else 0,
     )
 

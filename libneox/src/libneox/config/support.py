@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from libneox.config.architecture import OTHER, SPARSE, check_architecture
-from libneox.config.estimate import WHOLE
+from libneox.config.engine import WHOLE
 from libneox.config.problems import Problems
 from libneox.config.tree import all_keys
 
