@@ -73,8 +73,19 @@ def test_both_sides_train_the_same_model() -> None:
 
 
 def test_other_families_have_no_peer() -> None:
-    with pytest.raises(UsageError, match="--vs hf"):
-        bench.transformers(bench.Task.of(prepared({"norm": "rmsnorm"})))
+    for keys in ({"norm": "rmsnorm"}, {"document_mask": True}):
+        with pytest.raises(UsageError, match="--vs hf"):
+            bench.transformers(bench.Task.of(prepared(keys)))
+
+
+def test_documents_are_kept_apart() -> None:
+    task = bench.Task.of(prepared({"document_mask": True, "seq_length": 1024, "max_position_embeddings": 1024}))
+    (batch,) = task.batches()
+    bounds = batch.cu_seqlens.tolist()
+    assert bounds[-1] == 2 * 1024
+    assert len(set(bounds)) > 3, "each row is a document, and some end within a row"
+    assert {batch.ids.flatten()[bound - 1].item() for bound in set(bounds) - {0, 1024, 2048}} == {0}
+    bench.ours(task).step()
 
 
 def test_roofline_is_the_sum_of_its_parts() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from libneox.config import BatchPlan, NeoxConfig
 from libneox.data.splits import SampleSet
 from libneox.errors import DataError
-from libneox.model.documents import document_numbers, restarted_positions
+from libneox.model.documents import cu_seqlens_of, document_starts, restarted_positions
 from libneox.model.loss import IGNORE
 from neox_train.objective import MicroBatch
 
@@ -88,12 +88,12 @@ class Batches:
         wanted = tokens[:, 1:] if labels is None else np.where(labels[:, 1:] < 0, IGNORE, labels[:, 1:])
         targets = torch.from_numpy(np.ascontiguousarray(wanted))
         mask = (ids != self.eod_id).float() if self.eod_mask_loss else None
-        documents = positions = None
+        cu_seqlens = positions = None
         if self.document_mask or self.reset_position_ids:
-            numbered = document_numbers(ids, self.eod_id)
-            documents = numbered if self.document_mask else None
-            positions = restarted_positions(numbered) if self.reset_position_ids else None
-        tensors = (ids, targets, mask, documents, positions)
+            starts = document_starts(ids, self.eod_id)
+            cu_seqlens = cu_seqlens_of(starts) if self.document_mask else None
+            positions = restarted_positions(starts) if self.reset_position_ids else None
+        tensors = (ids, targets, mask, cu_seqlens, positions)
         return MicroBatch(*(t if t is None else self._moved(t) for t in tensors))
 
     def _moved(self, tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from libneox import host_memory
 from libneox.config import NeoxConfig
 from libneox.errors import InputMissing, UsageError
+from libneox.model.documents import cu_seqlens_of, document_starts
 from libneox.model.init import initial_value
 from libneox.model_config import ModelConfig
 from libneox.parallel.launch import discover
@@ -32,6 +33,7 @@ from neox_train.report import memory_gb
 from neox_train.session import pick_device
 
 LR = 1e-4
+DOCUMENT = 512  # tokens
 Step = Callable[[], torch.Tensor]
 
 
@@ -108,13 +110,18 @@ class Task:
         return self.batch * self.accumulate * self.model.seq_length
 
     def batches(self) -> list[MicroBatch]:
-        """Random tokens: speed does not depend on them."""
+        """Random tokens: speed does not depend on them; with `document_mask` in documents of `DOCUMENT` on average."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch, self.model.seq_length + 1)
         made = []
         for _ in range(self.accumulate):
-            ids = torch.randint(0, self.model.vocab_size, shape, generator=generator).to(self.device)
-            made.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
+            ids = torch.randint(0, self.model.vocab_size, shape, generator=generator)
+            cu_seqlens = None
+            if self.config.data.document_mask:
+                ids[torch.rand(shape, generator=generator) < 1 / DOCUMENT] = 0
+                cu_seqlens = cu_seqlens_of(document_starts(ids[:, :-1], eod_id=0)).to(self.device)
+            ids = ids.to(self.device)
+            made.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), cu_seqlens=cu_seqlens))
         return made
 
 
@@ -139,9 +146,11 @@ def transformers(task: Task) -> Contender:
     """The same shape in transformers, in a bare loop.
 
     Raises:
-        UsageError: transformers' GPT-NeoX has no such model.
+        UsageError: transformers' GPT-NeoX has no such model, or no such attention.
         InputMissing: transformers is not installed.
     """
+    if task.config.data.document_mask:
+        raise UsageError("--vs hf: transformers' GPT-NeoX keeps no documents apart; set document_mask: false")
     model = _transformers_model(task.model).to(task.device, task.dtype).train()
     params = task.config.optimizer_params
     optimizer = torch.optim.AdamW(

@@ -203,7 +203,7 @@ def activations(model: Transformer, batch: MicroBatch) -> dict[str, float]:
     """Mean |output| of every module in one forward pass; `layers.I.attn.scores` are scaled q.k of visible pairs."""
     sizes: dict[str, float] = {}
     with torch.no_grad(), _hooked(model, sizes):
-        logits = model(batch.ids, positions_BT=batch.positions, documents_BT=batch.documents)
+        logits = model(batch.ids, positions_BT=batch.positions, cu_seqlens_E=batch.cu_seqlens)
     sizes["logits"] = float(logits.abs().mean())
     return sizes
 

@@ -22,7 +22,7 @@ class MicroBatch(NamedTuple):
         ids: int64 [B, T], inputs.
         targets: int64 [B, T], what is predicted at each position.
         mask: float32 [B, T], weight of each position in the loss; None is all ones.
-        documents: int64 [B, T], number of the document a position is in; None: attention is not bounded by documents.
+        cu_seqlens: int32 [E], bounds of documents (`libneox.model.documents`); None: attention is not bounded by them.
         positions: int64 [B, T]; None is 0..T-1.
         divisor: float32 scalar, what the weighted sum of losses is divided by; None is the sum of the weights.
     """
@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
     ids: Tensor
     targets: Tensor
     mask: Tensor | None = None
-    documents: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     positions: Tensor | None = None
     divisor: Tensor | None = None
 
@@ -55,12 +55,12 @@ class LanguageModeling(nn.Module):
         ids: Tensor,
         targets: Tensor,
         mask: Tensor | None = None,
-        documents: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
         divisor: Tensor | None = None,
     ) -> Tensor:
         """The fields of a MicroBatch, one by one (engines look into the arguments) -> float32 scalar."""
-        hidden_BTD = self.model.hidden(ids, positions_BT=positions, documents_BT=documents)
+        hidden_BTD = self.model.hidden(ids, positions_BT=positions, cu_seqlens_E=cu_seqlens)
         return self.loss(hidden_BTD, MicroBatch(ids, targets, mask, divisor=divisor))
 
     def loss(self, hidden_BTD: Tensor, batch: MicroBatch) -> Tensor:

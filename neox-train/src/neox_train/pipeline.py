@@ -180,7 +180,7 @@ class PartLayer(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """What the stage before gave -> what the next one takes, or the loss."""
         batch, model = next(self.feed), self.objective.model
-        out_BTD = model(batch.ids, x_BTD, positions_BT=batch.positions, documents_BT=batch.documents)
+        out_BTD = model(batch.ids, x_BTD, positions_BT=batch.positions, cu_seqlens_E=batch.cu_seqlens)
         return self.objective.loss(out_BTD, batch) if model.is_last else out_BTD
 
 

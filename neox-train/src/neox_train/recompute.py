@@ -7,8 +7,10 @@ keeps what matrix products and attention gave as well, and computes again only w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 from typing import Literal
 
 import torch
@@ -119,5 +121,8 @@ def _kept() -> list[torch._ops.OpOverload]:
     aten = torch.ops.aten
     attention = [getattr(aten, f"_scaled_dot_product_{name}", None) for name in (
         "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]  # fmt: skip
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.nn.attention.varlen")  # registers its operator
+        attention.append(torch.ops.torch_attn._varlen_attn)
     kept = [aten.mm, aten.addmm, torch.ops.neox.linear, torch.ops.neox.causal_attention, *filter(None, attention)]
     return [operator.default for operator in kept]

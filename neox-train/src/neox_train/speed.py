@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from libneox import host_memory
 from libneox.config import NeoxConfig
 from libneox.errors import UsageError
-from libneox.model import Transformer, cpu_attention, loss, products
+from libneox.model import Transformer, attention, cpu_attention, loss, products
 from libneox.model.transformer import Block
 from libneox.model_config import ModelConfig
 from neox_train.observers import Observer
@@ -141,6 +141,7 @@ def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: tor
     if asked == "tiles" and device.type != "cpu":
         raise UsageError("attention_kernel: tiles are for CPUs; set attention_kernel: auto")
     cpu_attention.use_tiles(device.type == "cpu" and asked in ("auto", "tiles"))
+    attention.use_varlen(asked in ("auto", "flash"))
     if asked == "auto" and device.type == "cuda":
         asked = trial = fastest_kernel(model, batch, dtype, device)
     if asked in KERNELS:

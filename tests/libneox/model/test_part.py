@@ -33,10 +33,10 @@ def test_parts_in_a_row_equal_the_model(
 ) -> None:
     model = tiny_model(**shape)
     ids, x = torch.arange(22).view(2, 11), None
-    documents = (torch.arange(11) > 5).long().expand(2, 11)
+    cu_seqlens = torch.tensor([0, 6, 11, 17, 22, 22], dtype=torch.int32)
     for part in parts(model, cuts):
-        x = part(ids, x, documents_BT=documents)
-    torch.testing.assert_close(x, model.hidden(ids, documents_BT=documents), atol=1e-6, rtol=0)
+        x = part(ids, x, cu_seqlens_E=cu_seqlens)
+    torch.testing.assert_close(x, model.hidden(ids, cu_seqlens_E=cu_seqlens), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("cuts", CUTS)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from libneox.errors import UsageError
 from libneox.model import KVCache, Transformer, init_weights
 from libneox.model.attention import Visibility, make_pattern
-from libneox.model.documents import document_numbers, restarted_positions
+from libneox.model.documents import cu_seqlens_of, document_starts, restarted_positions
 from libneox.model.transformer import activate
 from libneox.model_config import GATED, PLAIN
 
@@ -101,11 +101,10 @@ def test_documents_do_not_see_each_other(shape: dict[str, Any], tiny_model: Buil
     first, second = ids_of(model, 1, 6, seed=1).clamp(min=1), ids_of(model, 1, 8, seed=2).clamp(min=1)
     first[0, -1] = 0
     packed = torch.cat((first, second), dim=1)
-    documents = document_numbers(packed, eod_id=0)
-    positions = restarted_positions(documents)
-    assert documents.tolist() == [[0] * 6 + [1] * 8]
+    starts = document_starts(packed, eod_id=0)
+    positions = restarted_positions(starts)
     assert positions.tolist() == [[*range(6), *range(8)]]
-    logits = model(packed, documents_BT=documents, positions_BT=positions)
+    logits = model(packed, cu_seqlens_E=cu_seqlens_of(starts), positions_BT=positions)
     torch.testing.assert_close(logits[:, :6], model(first), atol=1e-5, rtol=0)
     torch.testing.assert_close(logits[:, 6:], model(second), atol=1e-5, rtol=0)
 
@@ -260,7 +259,7 @@ def test_flex_attention_equals_sdpa(pos_emb: str, tiny_model: Build) -> None:
     model = tiny_model(pos_emb=pos_emb, hidden_size=64, head_dim=16, sliding_window=90, max_position_embeddings=256)
     ids = ids_of(model, 2, 256).clamp(min=1)
     ids[:, 100] = 0
-    documents = document_numbers(ids, eod_id=0)
-    expected = model(ids, documents_BT=documents)
+    cu_seqlens = cu_seqlens_of(document_starts(ids, eod_id=0))
+    expected = model(ids, cu_seqlens_E=cu_seqlens)
     model.attention = "flex"
-    torch.testing.assert_close(model(ids, documents_BT=documents), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(ids, cu_seqlens_E=cu_seqlens), expected, atol=1e-5, rtol=0)

@@ -1,28 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents packed into one sequence: their numbers for the attention mask, and positions that start anew."""
+"""Documents packed into sequences: where each begins, their numbers for a mask, positions that start anew."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_BOUNDS = 64
 
-def document_numbers(ids_BT: Tensor, eod_id: int) -> Tensor:
-    """Number the documents of each row from 0; an end-of-document token belongs to the document it ends.
+
+def document_starts(ids_BT: Tensor, eod_id: int) -> Tensor:
+    """Whether a document begins at a position: bool [B, T]. Each row begins one; so does what follows an `eod_id`."""
+    return F.pad(ids_BT[:, :-1] == eod_id, (1, 0), value=True)
+
+
+def cu_seqlens_of(starts_BT: Tensor) -> Tensor:
+    """Bounds of the documents in the positions of all rows, one row behind the other, as flash-attn takes them.
+
+    Padded with empty documents at the end, to a power of two: what is compiled or recorded for one batch fits others.
 
     Args:
-        ids_BT: int64 token ids.
+        starts_BT: bool, in host memory (their number decides a shape).
     Returns:
-        int64 [B, T].
+        int32 [E]: 0, ascending, B * T as often as needed.
     """
-    ends_BT = (ids_BT == eod_id).long()
-    return ends_BT.cumsum(dim=1) - ends_BT
+    begins = starts_BT.flatten().nonzero().flatten()
+    size = max(LEAST_BOUNDS, 1 << len(begins).bit_length())  # of two, more than there are documents
+    return F.pad(begins, (0, size - len(begins)), value=starts_BT.numel()).int()
 
 
-def restarted_positions(documents_BT: Tensor) -> Tensor:
+def document_numbers(cu_seqlens_E: Tensor, batch: int, length: int) -> Tensor:
+    """The number of each position's document, counted through all rows: int64 [B, T]."""
+    positions = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens_E.device)
+    return torch.searchsorted(cu_seqlens_E, positions, right=True).view(batch, length)
+
+
+def restarted_positions(starts_BT: Tensor) -> Tensor:
     """Positions that count from 0 within each document: int64 [B, T]."""
-    columns_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    starts_BT = torch.where(first_BT, columns_T, 0).cummax(dim=1).values
-    return columns_T - starts_BT
+    columns_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
+    return columns_T - torch.where(starts_BT, columns_T, 0).cummax(dim=1).values

@@ -42,7 +42,7 @@ class Part(Transformer):
         x_BTD: Tensor | None = None,
         *,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        cu_seqlens_E: Tensor | None = None,
     ) -> Tensor:
         """Run these layers; arguments as of `Transformer.hidden`.
 
@@ -56,7 +56,9 @@ class Part(Transformer):
         assert x_BTD is not None
         context = Context(Pattern())
         if self.has_blocks:
-            context = self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT)
+            context = self.context(
+                ids_BT.shape[1], batch=ids_BT.shape[0], positions_BT=positions_BT, cu_seqlens_E=cu_seqlens_E
+            )
         x_BTD = self.run_blocks(x_BTD, context, None)
         return self.normed(x_BTD) if self.is_last else x_BTD
 

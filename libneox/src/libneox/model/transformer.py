@@ -6,7 +6,7 @@ Nothing here knows of ranks, devices or precision policies. Head counts are take
 forward runs on a shard whose `attn.qkv` and `mlp.up` have fewer rows and `attn.out` and `mlp.down` fewer columns.
 
 Suffixes: B batch, T positions of this call, S positions seen (cache included), D hidden size, N query heads,
-K key/value heads, H head dimension, F MLP width, V padded vocabulary.
+K key/value heads, H head dimension, F MLP width, V padded vocabulary, E bounds of documents.
 """
 
 from __future__ import annotations
@@ -266,11 +266,11 @@ class Transformer(nn.Module):
         ids_BT: Tensor,
         *,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        cu_seqlens_E: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Score every next token: float32 logits [B, T, V]. Arguments as of `hidden`."""
-        hidden_BTD = self.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
+        hidden_BTD = self.hidden(ids_BT, positions_BT=positions_BT, cu_seqlens_E=cu_seqlens_E, cache=cache)
         return self.logits(hidden_BTD)
 
     def hidden(
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         ids_BT: Tensor,
         *,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        cu_seqlens_E: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Run everything but the head.
@@ -286,14 +286,20 @@ class Transformer(nn.Module):
         Args:
             ids_BT: int64 token ids.
             positions_BT: int64; default: 0..T-1, or with a cache the positions that follow, left padding discounted.
-            documents_BT: int64; a position sees only positions of its own number (see `libneox.model.documents`).
+            cu_seqlens_E: int32; a position sees its own document only (`libneox.model.documents`); not with a cache.
             cache: keys and values of what came before; T columns are added to it.
         Returns:
             [B, T, D], normalised and scaled: logits are its product with `head_weight`.
         """
         if cache is not None:
             cache.room_for(ids_BT.shape[1])
-        context = self.context(ids_BT.shape[1], positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
+        context = self.context(
+            ids_BT.shape[1],
+            batch=ids_BT.shape[0],
+            positions_BT=positions_BT,
+            cu_seqlens_E=cu_seqlens_E,
+            cache=cache,
+        )
         x_BTD = self.embedded(ids_BT, positions_BT=positions_BT, cache=cache)
         x_BTD = self.run_blocks(x_BTD, context, cache)
         if cache is not None:
@@ -318,11 +324,16 @@ class Transformer(nn.Module):
         self,
         length: int,
         *,
+        batch: int = 1,
         positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
+        cu_seqlens_E: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Context:
-        """Rotary angles and attention pattern of one forward pass over `length` positions."""
+        """Rotary angles and attention pattern of one forward pass over `length` positions.
+
+        Args:
+            batch: rows that `cu_seqlens_E` is of.
+        """
         config, start, keys = self.config, 0, length
         if cache is not None:
             start = cache.start if cache.whole else cache.length
@@ -333,9 +344,12 @@ class Transformer(nn.Module):
             start=start,
             window=config.sliding_window,
             pad_B=None if cache is None else cache.pad_B,
-            documents_BS=documents_BT,
+            cu_seqlens_E=cu_seqlens_E,
             slopes_N=slopes_on(self.slopes, self.device) if self.slopes else None,
             bias_SN=self._relative_bias(keys) if config.pos_emb == "rpe" else None,
+            batch=batch,
+            head_dim=config.head_dim,
+            dropout=config.attention_dropout if self.training else 0.0,
         )
         dtype = self.dtype if cache is None else cache.dtype
         pattern = make_pattern(self.attention, seen, device=self.device, dtype=dtype)

@@ -74,7 +74,11 @@ class Data:
         "neox", "Order of samples: GPT-NeoX's, sample for sample, or a keyed bijection that needs no memory. New."
     )
     eod_mask_loss: bool = key(False, "No loss where the input token is end-of-document.")
-    document_mask: bool = key(False, "Attention stays within a document. New.")
+    document_mask: bool = key(
+        False,
+        "Attention stays within a document; on a GPU in half precision by torch's kernel for sequences of various "
+        "lengths, if attention_kernel is auto or flash and nothing else is asked of attention. New.",
+    )
     reset_position_ids: bool = key(False, "Positions start at 0 in every document. New.")
     data_impl: Literal["infer", "mmap", "cached"] = key(
         "infer", "Dataset format. It is read from the file; `cached` (TNTIDX) is an error."
