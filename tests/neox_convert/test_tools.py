@@ -18,6 +18,7 @@ from libneox import load_model, run_directory
 from libneox.checkpoint.hf import open_hf
 from libneox.checkpoint.store import open_tensors, read_trainer, write_checkpoint
 from libneox.errors import DataError, IntegrityError, StorageError, UsageError
+from libneox.model_config import RopeScaling
 from libneox.tokenizer import load_tokenizer
 from neox_convert import convert, look, rewrite, upload
 from neox_convert.convert import Options
@@ -141,6 +142,61 @@ def test_average(tmp_path: Path, make_run: Any, small_config: Any, run_command: 
         rewrite.average([str(first), str(other)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
     with pytest.raises(UsageError):
         rewrite.average([str(first)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
+
+
+ALIBI: dict[str, Any] = {"pos_emb": "alibi"}
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {"rotary_base": 500000.0}, "rotary_base is 500000.0, not 10000"),
+        ({}, {"rope_scaling": YARN}, "rope_scaling is {'type': 'yarn', 'factor': 4.0, "),
+        ({}, {"pos_emb": "none"}, "pos_emb is none, not rotary"),
+        ({}, {"norm_eps": 1e-6, "activation": "gelu_tanh"}, "norm_eps is 1e-06, not 1e-05, activation is gelu_tanh"),
+        ({"norm_bias": False}, {"norm": "rmsnorm"}, "norm is rmsnorm, not layernorm"),
+        ({}, {"sliding_window": 8}, "sliding_window is 8, not None"),
+        ({"num_kv_heads": 2}, {"num_kv_heads": 2, "residual": "sequential"}, "residual is sequential, not parallel"),
+    ],
+)
+def test_what_computes_something_else_is_not_averaged(
+    tmp_path: Path, make_run: Any, small_config: Any, first: dict, second: dict, said: str
+) -> None:
+    a, b = (make_run(tmp_path / name, small_config(**keys)) for name, keys in (("a", first), ("b", second)))
+    with pytest.raises(DataError) as refused:
+        rewrite.average([str(a), str(b)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
+    assert str(refused.value).startswith(f"{b}: is another model than {a}: {said}")
+    assert str(refused.value).endswith("; only one model's can be averaged")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"seq_length": 32, "hidden_dropout": 0.1, "attention_dropout": 0.1, "init_method_std": 0.1}),
+        ({}, {"vocab_size": 300, "max_position_embeddings": 128}),
+        (ALIBI, ALIBI | {"rotary_base": 500000.0, "rpe_max_distance": 64}),
+        ({"activation": "silu"}, {"activation": "swish"}),
+    ],
+)
+def test_what_weights_mean_alike_is_averaged(
+    tmp_path: Path, make_run: Any, small_config: Any, first: dict, second: dict
+) -> None:
+    a, b = (make_run(tmp_path / name, small_config(**keys)) for name, keys in (("a", first), ("b", second)))
+    rewrite.average([str(a), str(b)], str(tmp_path / "x"), weights=(), step=None, options=QUIET)
+    mean, tensors = open_tensors(tmp_path / "x/step_3"), open_tensors(a / "step_3")
+    assert all(torch.equal(mean[name], tensors[name]) for name in tensors)
+
+
+def test_a_run_and_its_export_are_averaged(tmp_path: Path, make_run: Any, make_hf: Any, small_config: Any) -> None:
+    llama = {"norm": "rmsnorm", "activation": "swiglu", "residual": "sequential", "rotary_pct": 1.0, "mlp_bias": False}
+    llama |= {"qkv_bias": False, "attn_out_bias": False, "ffn_size": 48, "rope_scaling": YARN}
+    for name, fields in (("neox", {}), ("llama", llama)):
+        config = small_config(**fields)
+        run, hf = make_run(tmp_path / name / "run", config), make_hf(tmp_path / name / "hf", config)
+        rewrite.average([str(run), str(hf)], str(tmp_path / name / "x"), weights=(), step=None, options=QUIET)
+        assert len(open_tensors(tmp_path / name / "x/step_3")) == len(config.parameter_shapes())
 
 
 def test_export_files(tmp_path: Path, make_run: Any, small_config: Any) -> None:

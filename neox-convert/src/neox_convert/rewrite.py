@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from libneox.errors import DataError, UsageError
 from libneox.files import write_text
@@ -20,8 +21,15 @@ from neox_convert.writing import cast_all, parse_bytes, parse_dtype, write_tenso
 
 if TYPE_CHECKING:
     from libneox.checkpoint.lazy import LazyTensor
+    from libneox.model_config import ModelConfig
 
 KEPT = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")  # of a Hugging Face directory, beside its weights
+# Of ModelConfig: how a model is trained, how long its texts may be, how exactly it computes. Weights mean the same.
+NO_MEANING = frozenset((
+    "vocab_size", "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method",
+    "output_layer_init_method", "init_method_std", "mup_init_scale", "attention_softmax_in_fp32",
+    "apply_query_key_layer_scaling",
+))  # fmt: skip
 
 
 def rewrite(path: str, output: str, *, options: Options) -> Report:
@@ -69,7 +77,7 @@ def average(
 
     Raises:
         UsageError: fewer than two, or weights that do not fit.
-        DataError: they are not of the same model.
+        DataError: their tensors differ in name or shape, or their configurations in what weights mean.
     """
     if len(paths) < 2:
         raise UsageError("average needs at least two checkpoints")
@@ -80,15 +88,43 @@ def average(
     sources = [open_source(find_source(path), options.tokenizer) for path in paths]
     for path, source in zip(paths, sources, strict=True):
         check_apart(Path(output), source.where.path)
-        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        if shapes != {name: tensor.shape for name, tensor in sources[0].tensors.items()}:
-            raise DataError(f"{path}: its tensors are not those of {paths[0]}; only one model's can be averaged")
+        _check_same_model(path, source, paths[0], sources[0])
     total = sum(shares)
     mean = {
         name: _mean([source.tensors[name] for source in sources], [share / total for share in shares])
         for name in sources[0].tensors
     }
     return convert.write_source(_with_tensors(sources[0], mean, max(s.step for s in sources)), output, step, options)
+
+
+def _check_same_model(path: str, source: Source, first_path: str, first: Source) -> None:
+    shapes, wanted = ({name: t.shape for name, t in opened.tensors.items()} for opened in (source, first))
+    if shapes != wanted:
+        raise DataError(f"{path}: its tensors are not those of {first_path}; only one model's can be averaged")
+    mine, theirs = _meaning(source.config), _meaning(first.config)
+    if differing := [name for name in theirs if name in mine and mine[name] != theirs[name]]:
+        facts = ", ".join(f"{name} is {mine[name]}, not {theirs[name]}" for name in differing)
+        raise DataError(f"{path}: is another model than {first_path}: {facts}; only one model's can be averaged")
+
+
+def _meaning(config: ModelConfig) -> dict[str, Any]:
+    """The fields that decide what a model computes with its weights, less those that its kind has no use for."""
+    fields = dataclasses.asdict(config)
+    if fields["activation"] == "swish":
+        fields["activation"] = "silu"  # two names of one
+    if config.rope_scaling is not None and config.rope_scaling.type in ("llama3", "yarn"):
+        trained = config.rope_scaling.original_max_position_embeddings or config.max_position_embeddings
+        fields["rope_scaling"]["original_max_position_embeddings"] = trained
+    used_with = (
+        (config.norm == "layernorm", ("norm_bias",)),
+        (config.pos_emb == "rotary", ("rotary_pct", "rotary_base", "rope_scaling")),
+        (config.pos_emb == "rpe", ("rpe_num_buckets", "rpe_max_distance")),
+        (config.pos_emb == "learned", ("learned_position_offset", "mup_rp_embedding_mult")),
+        (config.qk_norm == "joint", ("qk_norm_groups",)),
+        (config.use_mup, ("mup_base_hidden_size", "mup_output_mult", "mup_attn_mult")),
+    )
+    unused = NO_MEANING.union(*(names for used, names in used_with if not used))
+    return {name: value for name, value in fields.items() if name not in unused}
 
 
 def _mean(tensors: Sequence[LazyTensor], shares: Sequence[float]) -> LazyTensor:
@@ -106,7 +142,5 @@ def _mean(tensors: Sequence[LazyTensor], shares: Sequence[float]) -> LazyTensor:
 
 
 def _with_tensors(source: Source, tensors: dict[str, LazyTensor], step: int) -> Source:
-    import dataclasses
-
     where = dataclasses.replace(source.where, kind="made")
     return dataclasses.replace(source, tensors=tensors, step=step, where=where, details=None)
