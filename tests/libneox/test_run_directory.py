@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -65,6 +66,28 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         path.write_bytes({"flip": b"\x00" + data[1:], "truncate": data[:-1], "extend": data + b"\n"}[damage])
     with pytest.raises(IntegrityError, match=name):
         rd.resolve_checkpoint(tmp_path / "step_1")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("kind", ["tokenizer.json", "charlevel", "sentencepiece", "tiktoken"])
+def test_the_tokenizer_of_the_manifest_is_missed(tmp_path: Path, kind: str, listed: bool) -> None:
+    def step(number: int, described: bytes) -> Path:
+        temporary = rd.begin_step(rd.step_path(tmp_path, number))
+        name, record = rd.add_file(temporary, rd.tokenizer_file(kind), b"{}")
+        tokenizer = {"kind": kind, "sha256": hashlib.sha256(described).hexdigest()}
+        manifest = rd.Manifest(step=number, tokenizer=tokenizer, files={name: record} if listed else {})
+        return rd.commit_step(temporary, rd.step_path(tmp_path, number), manifest)
+
+    whole, other = step(1, b"{}"), step(2, b"another")
+    rd.verify_step(whole)
+    with pytest.raises(IntegrityError, match=f"{rd.tokenizer_file(kind)}: is not the tokenizer that"):
+        rd.verify_step(other)
+    (whole / rd.tokenizer_file(kind)).write_bytes(b"[]")
+    with pytest.raises(IntegrityError, match=rd.tokenizer_file(kind)):
+        rd.verify_step(whole)
+    (whole / rd.tokenizer_file(kind)).unlink()
+    with pytest.raises(IntegrityError, match=f"{rd.tokenizer_file(kind)}: No such file or directory; the "):
+        rd.verify_step(whole)
 
 
 def test_a_run_falls_back_to_its_newest_whole_step_and_says_so(tmp_path: Path) -> None:

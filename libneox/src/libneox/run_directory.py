@@ -37,7 +37,7 @@ from libneox.legacy import is_legacy
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yml"
-TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # others: tokenizer.json
 TRAINER = "trainer.json"
 LATEST = "latest"
 METRICS = "metrics.jsonl"
@@ -147,8 +147,13 @@ def step_number(step_dir: str | os.PathLike[str]) -> int:
     return int(match[1])
 
 
+def tokenizer_file(kind: str) -> str:
+    """Name of the file in which a step holds a tokenizer of this kind."""
+    return TOKENIZER_FILES.get(kind, "tokenizer.json")
+
+
 def verify_step(step_dir: str | os.PathLike[str]) -> Manifest:
-    """Compare every file of a step with its manifest, byte for byte through sha256.
+    """Compare every file of a step with its manifest, byte for byte through sha256; the tokenizer's too, listed or not.
 
     Raises:
         InputMissing: there is no such directory.
@@ -172,7 +177,18 @@ def verify_step(step_dir: str | os.PathLike[str]) -> Manifest:
         for (name, record), digest in zip(manifest.files.items(), digests, strict=True):
             if digest != record.sha256:
                 raise IntegrityError(f"{step_dir / name}: sha256 differs from the manifest's; the file is damaged")
+    _check_tokenizer(step_dir, manifest)
     return manifest
+
+
+def _check_tokenizer(step_dir: Path, manifest: Manifest) -> None:
+    """The tokenizer that a manifest describes must be there, even where the files it lists leave it out."""
+    if manifest.tokenizer is None:
+        return
+    path = step_dir / tokenizer_file(manifest.tokenizer["kind"])
+    listed = manifest.files.get(path.name)  # its bytes were compared with the record
+    if (listed.sha256 if listed else _digest(path)) != manifest.tokenizer["sha256"]:
+        raise IntegrityError(f"{path}: is not the tokenizer that the manifest describes; the checkpoint is damaged")
 
 
 def _digest(path: Path) -> str:

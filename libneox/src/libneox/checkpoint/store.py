@@ -34,7 +34,6 @@ from libneox.errors import DataError, InputMissing
 from libneox.run_directory import FileRecord, Manifest
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}  # others: tokenizer.json
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -340,7 +339,7 @@ def small_files(
     """Write config.yml, the tokenizer and trainer.json into an unfinished step; yields their records."""
     yield run_directory.add_file(temporary, run_directory.CONFIG, config_yaml.encode())
     if tokenizer is not None:
-        yield run_directory.add_file(temporary, TOKENIZER_FILES.get(kind, run_directory.TOKENIZER), tokenizer)
+        yield run_directory.add_file(temporary, run_directory.tokenizer_file(kind), tokenizer)
     if trainer is not None:
         yield run_directory.add_file(temporary, run_directory.TRAINER, json.dumps(trainer, indent=1).encode())
 
