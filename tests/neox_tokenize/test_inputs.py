@@ -21,6 +21,7 @@ import pytest
 import zstandard
 
 from libneox.errors import DataError, InputMissing, IntegrityError, NeoxError, UnsafeInput, UsageError
+from neox_tokenize.inputs import Inputs
 from tests.peak_memory import measured
 
 TEXTS = ["first\nwith two lines", "ünïcödé 😀 日本語", " ", "x" * 300]
@@ -300,6 +301,90 @@ def test_a_damaged_member_of_a_zip(tokenize) -> None:
             data[position] ^= 1 << bit
             with contextlib.suppress(NeoxError):
                 tokenize(bytes(data), "data")
+
+
+FILES = {"a.jsonl": JSONL, "d/": b"", "d/foo": b"of a name one bit from a directory's", "z.txt": b"last"}
+
+
+def zip64(members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A zip archive with all that zip64 adds, at its end and with each member."""
+    sink = io.BytesIO()
+    with monkeypatch.context() as patch, zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
+        patch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+        for name, data in members.items():
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(data)
+    return sink.getvalue()
+
+
+def zip_streamed(members: dict[str, bytes], comment: bytes) -> bytes:
+    """A zip archive written to a pipe, with sizes and checksums behind the members, and with a comment."""
+    sink = io.BytesIO()
+    pipe = io.BufferedWriter(_Pipe(sink))
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = comment
+        for name, data in members.items():
+            archive.writestr(name, data)
+    pipe.flush()
+    return sink.getvalue()
+
+
+class _Pipe(io.RawIOBase):
+    def __init__(self, sink: io.BytesIO):
+        self._sink = sink
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        return self._sink.write(data)
+
+
+def raw_texts(file: Path, data: bytes, neox: bool = False) -> list[bytes]:
+    file.write_bytes(data)
+    return [bytes(record) for block in Inputs((str(file),), neox=neox).blocks() for record in block.records]
+
+
+@pytest.mark.parametrize("form", ["plain", "streamed", "zip64", "prefix"])
+def test_no_flipped_bit_hides_a_member_of_a_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    whole = {
+        "plain": zipped(FILES),
+        "streamed": zip_streamed(FILES, b"a comment"),
+        "zip64": zip64(FILES, monkeypatch),
+        "prefix": b"#!/bin/sh\nexec unzip # PK\3\4\n" + zipped(FILES),
+    }[form]
+    file, neox = tmp_path / "a.zip", form == "prefix"  # only a file's name can tell that
+    texts = raw_texts(file, whole, neox)
+    assert len(texts) == (3 if neox else len(HALVES) + 2)
+    for position in range(whole.index(b"PK\1\2"), len(whole)):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[position] ^= 1 << bit
+            with contextlib.suppress(DataError, UnsafeInput):
+                assert raw_texts(file, data, neox) == texts, (position, bit)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_of_a_zip_of_another_method(tokenize, method: int) -> None:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", method) as archive:
+        archive.writestr("x", "some text " * 50)
+    data = bytearray(sink.getvalue())
+    data[50] ^= 0x55
+    with pytest.raises(DataError, match="the zip archive cannot be read"):
+        tokenize(bytes(data), "data")
+
+
+def test_a_zip_in_front_of_a_zip_is_not_lost(tokenize) -> None:
+    """zipfile reads the last one; that is also the one in an archive whose end is missing."""
+    sink, inner = io.BytesIO(), zipped({"inner.txt": b"text"})
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("outer.txt", "text")
+        archive.writestr("inner.zip", inner)
+    cut = sink.getvalue()[: sink.getvalue().index(inner) + len(inner)]
+    for data in (zipped(MEMBERS) + inner, zipped(MEMBERS) + zipped({}), cut):
+        with pytest.raises(DataError, match="two were joined"):
+            tokenize(data, "data")
 
 
 def arrow_stream(texts: list[str]) -> bytes:

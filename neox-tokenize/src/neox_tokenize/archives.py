@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import lzma
 import re
 import stat
 import tarfile
@@ -25,6 +26,11 @@ from libneox.lookahead import Lookahead, Readable
 from neox_tokenize.blocks import BLOCK_BYTES, READ_BYTES, Block, Limits, line_blocks, read_document
 
 DAT_LENGTH = 16
+# RuntimeError: encrypted. OSError without a file: a seek to where a damaged directory points, or damaged bzip2.
+UNREADABLE_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError, EOFError, OSError,
+    UnicodeDecodeError,
+)  # fmt: skip
 OpenMember = Callable[[Lookahead, str, "str | None"], Iterator[Block]]
 
 
@@ -98,23 +104,46 @@ def zip_blocks(path: str | None, name: str, limits: Limits, open_member: OpenMem
         raise UsageError(f"{name}: a zip archive has its directory at the end and cannot be streamed; name the file")
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_directory(archive, name)
             for member in archive.infolist():
                 where = f"{name}:{member.filename}"
-                if member.is_dir():
-                    continue
-                mode = member.external_attr >> 16
-                _check_member(member.filename, where, plain=stat.S_IFMT(mode) in (0, stat.S_IFREG))
-                if member.file_size > limits.record_bytes and member.file_size > 1000 * max(member.compress_size, 1):
-                    raise DataError(
-                        f"{where}: {member.file_size} bytes out of {member.compress_size}; refused as a bomb"
-                    )
-                with archive.open(member) as content:
-                    yield from open_member(Lookahead(content), where, None)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as error:
-        # RuntimeError: encrypted; OSError without a file: a seek to where a damaged directory points
-        if isinstance(error, OSError) and (error.errno != errno.EINVAL or error.filename):
+                if not member.is_dir():
+                    _check_zip_member(member, where, limits)
+                with archive.open(member) as content:  # compares the names: damage can make a directory of a file
+                    if not member.is_dir():
+                        yield from open_member(Lookahead(content), where, None)
+    except UNREADABLE_ZIP as error:
+        if isinstance(error, OSError) and (error.errno not in (None, errno.EINVAL) or error.filename):
             raise
         raise DataError(f"{name}: the zip archive cannot be read ({error})") from error
+
+
+def _check_directory(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an archive of which zipfile would read some members only, without a word.
+
+    It does not count entries, so one whose length is wrong hides those behind it; and whatever stands in front of an
+    archive it takes for a program that unpacks it.
+    """
+    assert archive.fp is not None
+    # zipfile keeps little of the record at the end; this is the one it found, among comments and zip64's
+    end = zipfile._EndRecData(archive.fp)  # type: ignore[attr-defined]
+    stated, offset = end[zipfile._ECD_ENTRIES_TOTAL], end[zipfile._ECD_OFFSET]  # type: ignore[attr-defined]
+    found = len(archive.infolist())
+    if (stated - found) % (1 << 16):  # programs without zip64 write the two bytes that there is room for
+        raise DataError(f"{name}: the zip archive's directory holds {found} of its {stated} entries; it is damaged")
+    archive.fp.seek(0)
+    if archive.start_dir > offset and archive.fp.read(4) == b"PK\x03\x04":
+        raise DataError(
+            f"{name}: in front of what the zip archive's directory names there are other members; it is damaged, or "
+            "two were joined: name them one by one"
+        )
+
+
+def _check_zip_member(member: zipfile.ZipInfo, where: str, limits: Limits) -> None:
+    mode = member.external_attr >> 16
+    _check_member(member.filename, where, plain=stat.S_IFMT(mode) in (0, stat.S_IFREG))
+    if member.file_size > limits.record_bytes and member.file_size > 1000 * max(member.compress_size, 1):
+        raise DataError(f"{where}: {member.file_size} bytes out of {member.compress_size}; refused as a bomb")
 
 
 def dat_blocks(stream: Lookahead, name: str, limits: Limits) -> Iterator[Block]:
