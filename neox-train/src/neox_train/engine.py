@@ -35,6 +35,8 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 class DeepSpeedEngine:
     """See `neox_train.steps.Engine`."""
 
+    queues = False  # DeepSpeed looks at the gradient itself
+
     def __init__(
         self,
         objective: LanguageModeling,

@@ -65,6 +65,7 @@ def build_engine(config: NeoxConfig, model_config: ModelConfig, device: torch.de
             clipping=config.optim.gradient_clipping,
             mesh=mesh,
             recorded=config.speed.cuda_graphs,
+            queues=speed.runs_ahead(config, device),
         )
     from neox_train.engine import DeepSpeedEngine
 

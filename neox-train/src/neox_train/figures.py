@@ -19,6 +19,8 @@ class TensorFigures(Observer):
     not clipped yet. Each tensor is made whole for a moment, so a step with figures takes longer.
     """
 
+    within = True
+
     def __init__(self, config: NeoxConfig):
         keys = config.log
         self._parameters, self._gradients = keys.log_param_norm, keys.log_grad_norm

@@ -19,9 +19,11 @@ from libneox.errors import NonFiniteLoss, StoppedEarly, StorageError
 from libneox.parallel.group import Group
 from libneox.schedule import Schedule
 from libneox.tokenizer import Tokenizer
+from neox_train import blame
 from neox_train.ahead import Ahead
 from neox_train.batches import Batches
 from neox_train.characters import Characters
+from neox_train.late import Read, later
 from neox_train.objective import MicroBatch
 from neox_train.observers import Observer
 from neox_train.remote import Uploads
@@ -31,6 +33,37 @@ from neox_train.signals import StopRequest
 from neox_train.state import TrainState
 from neox_train.steps import Engine
 from neox_train.tasks import Tasks
+
+
+@dataclasses.dataclass
+class Begun:
+    """A step whose outcome the loop has not looked at yet.
+
+    Attributes:
+        before: the counters it began with.
+        started: time.perf_counter() then.
+        length: positions of each sample.
+        sums: reads the loss and the numbers of ranks that are to stop and that have written the checkpoint under way,
+            each summed over ranks, and the loss of this rank.
+        outcome: reads the norm of the gradient, and whether the update was left out.
+        extra: what observers have for its record.
+        loss, stops: mean over ranks, and whether one is to stop; once `sums` was read.
+    """
+
+    before: TrainState
+    started: float
+    lr: float
+    length: int
+    sums: Read
+    outcome: Read = list
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loss: float = math.nan
+    stops: bool = False
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+        return self.before.step + 1
 
 
 @dataclasses.dataclass
@@ -57,6 +90,9 @@ class Run:
     tokenizer: Tokenizer | None = None
     uploads: Uploads | None = None  # on rank 0, if copies are kept elsewhere
     tasks: Tasks | None = None
+    runs_ahead: bool = False  # a step begins before the outcome of the last one is looked at
+    begun: Begun | None = None  # that one
+    ended: float = 0.0  # time.perf_counter() when a step was last done with
     told: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures for the next record
 
 
@@ -76,7 +112,7 @@ def train(run: Run) -> dict[str, Any]:
         except NonFiniteLoss:
             settle(run)  # a checkpoint under way is of an earlier step
             raise
-        reason = stopping or ("exit_interval" if keys.exit_interval and state.step % keys.exit_interval == 0 else "")
+        reason = stopping or ("exit_interval" if exits(run) else "")
         asked = run.tasks is not None and run.tasks.due(state.step)
         if state.step < run.train_iters and (reason or asked or is_due(keys, state.step)):
             save(run, last=bool(reason))
@@ -93,58 +129,121 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def one_step(run: Run) -> str:
-    """Do one optimiser step and report it; returns the name of the signal if any rank was asked to stop."""
-    state, engine, plan = run.state, run.engine, run.train.plan
-    started = time.perf_counter()
-    lr = run.schedule.lr_at(state.updates)
+    """Do one optimiser step and report it; returns the name of the signal if any rank was asked to stop.
+
+    A loop that runs ahead begins the step and reports the one before; where something comes after a step, or the run
+    is to stop, it catches up.
+    """
+    earlier, run.begun = run.begun, begin_step(run)
+    stopping = "" if earlier is None else end_step(run, earlier)
+    if not run.runs_ahead or stopping or something_follows(run):
+        begun, run.begun = run.begun, None
+        stopping = end_step(run, begun) or stopping
+    return stopping
+
+
+def something_follows(run: Run) -> bool:
+    """Whether anything but the next step comes after the last one begun."""
+    state, keys = run.state, run.config.train
+    evaluates = run.valid is not None and state.step % keys.eval_interval == 0
+    tested = run.tasks is not None and run.tasks.due(state.step)
+    return evaluates or tested or exits(run) or is_due(keys, state.step) or state.step >= run.train_iters
+
+
+def exits(run: Run) -> bool:
+    """Whether `exit_interval` ends the run here."""
+    every = run.config.train.exit_interval
+    return bool(every) and run.state.step % every == 0
+
+
+def begin_step(run: Run) -> Begun:
+    """Compute and update, and advance the counters; a loop that runs ahead does not wait for the results.
+
+    Raises:
+        NonFiniteLoss: see `look_at_loss`; the weights are as they were.
+    """
+    state, engine = run.state, run.engine
+    before, started, lr = dataclasses.replace(state), time.perf_counter(), run.schedule.lr_at(state.updates)
     for observer in run.observers:
         observer.begin_step(state.step + 1)
     length = run.curriculum.length_at(state.step + 1) if run.curriculum is not None else run.seq_length
-    mean = backward(run, length)
-    total, stop, written = run.group.sum([mean, float(bool(run.stop)), float(run.saver.written)], engine.device)
+    own = backward(run, before, length)
+    sums = run.group.queue_sum([own, float(bool(run.stop)), float(run.saver.written)], engine.device)
+    begun = Begun(before, started, lr, length, later([*sums, own], engine.device))
+    if not run.runs_ahead:
+        look_at_loss(run, begun)
+    for observer in run.observers:
+        begun.extra |= observer.before_update(engine)
+    begun.outcome = later(engine.step(lr), engine.device)
+    state.step += 1
+    state.samples += run.train.plan.global_batch
+    state.tokens += run.train.plan.global_batch * length
+    state.updates += 1
+    return begun
+
+
+def look_at_loss(run: Run, begun: Begun) -> None:
+    """Read what the ranks have found out together; commits the checkpoint under way once all have written theirs.
+
+    Raises:
+        NonFiniteLoss: the loss is not a number.
+    """
+    total, stops, written, own = begun.sums()
     if written == run.group.world_size:
         settle(run)
-    loss = total / run.group.world_size
-    if not math.isfinite(loss):
-        raise NonFiniteLoss(blame(run, loss, mean))
-    extra = {}
-    for observer in run.observers:
-        extra |= observer.before_update(engine)
-    outcome = engine.step(lr)
-    scaler = engine.scalars().get("loss_scaler") if outcome.skipped else None
-    if outcome.skipped and scaler is None:
-        raise NonFiniteLoss(blame_gradient(run, loss, length))
-    tokens = plan.global_batch * length
-    state.step += 1
-    state.samples += plan.global_batch
-    state.tokens += tokens
-    state.updates += not outcome.skipped
-    record = {"step": state.step, "samples": state.samples, "tokens": state.tokens, "loss": loss, "lr": lr}
-    record["grad_norm"] = outcome.grad_norm if math.isfinite(outcome.grad_norm) else None
+    begun.loss, begun.stops = total / run.group.world_size, bool(stops)
+    if not math.isfinite(begun.loss):
+        raise NonFiniteLoss(blame.loss(run.group, run.engine, begun.step, samples_of(run, begun), begun.loss, own))
+
+
+def end_step(run: Run, begun: Begun) -> str:
+    """Look at the results of a step, evaluate if it is time, report; see `one_step`.
+
+    Raises:
+        NonFiniteLoss: loss or gradient is not a number.
+    """
+    state, plan = run.state, run.train.plan
+    if run.runs_ahead:
+        look_at_loss(run, begun)
+    grad_norm, skipped = begun.outcome()
+    scaler = run.engine.scalars().get("loss_scaler") if skipped else None
+    if skipped and scaler is None:
+        backward(run, begun.before, begun.length)  # again, as the engine has let go of the gradient
+        raise NonFiniteLoss(blame.gradient(run.engine, begun.step, samples_of(run, begun), begun.loss))
+    state.updates -= bool(skipped)
+    tokens, before = plan.global_batch * begun.length, begun.before
+    record = {"step": begun.step, "samples": before.samples + plan.global_batch, "tokens": before.tokens + tokens}
+    record |= {"loss": begun.loss, "lr": begun.lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None}
     if run.curriculum is not None:
-        record["curriculum_seqlen"] = length
-    record |= extra | run.told
+        record["curriculum_seqlen"] = begun.length
+    record |= begun.extra | run.told
     run.told = {}
     if scaler is not None:
         record |= {"skipped": True, "loss_scale": scaler["cur_scale"]}
-    seconds = time.perf_counter() - started
-    if not stop and run.valid is not None and state.step % run.config.train.eval_interval == 0:
-        number = state.step // run.config.train.eval_interval - 1
+    seconds = time.perf_counter() - max(begun.started, run.ended)
+    stops = begun.stops
+    if not stops and run.valid is not None and begun.step % run.config.train.eval_interval == 0:
+        number = begun.step // run.config.train.eval_interval - 1
         figures = evaluation(run, run.valid, "valid", number)
         record |= figures or {}
-        stop = float(figures is None)
-    run.report.step(record, seconds, tokens, length)
+        stops = figures is None
+    run.report.step(record, seconds, tokens, begun.length)
     for observer in run.observers:
         observer.end_step(record)
-    return (run.stop.name or "a signal to another rank") if stop else ""
+    run.ended = time.perf_counter()
+    return (run.stop.name or "a signal to another rank") if stops else ""
 
 
-def backward(run: Run, length: int) -> float:
-    """Add up the gradients of the coming step; returns their mean loss. Done again, it gives the same."""
-    state, seed = run.state, run.config.train.seed
+def samples_of(run: Run, begun: Begun) -> range:
+    """Where the samples of a step are in the order."""
+    return range(begun.before.samples, begun.before.samples + run.train.plan.global_batch)
+
+
+def backward(run: Run, before: TrainState, length: int) -> torch.Tensor:
+    """Add up the gradients of the step after `before`; returns their mean loss. Done again, it gives the same."""
     # neighbours that share a model draw the same numbers (and others of their own where each does a part of the work)
-    torch.manual_seed(state.random_seed(seed, run.group.rank // run.config.tensor_parallel))
-    return run.engine.backward(marked(run, run.train.step(state.samples, length), state.step + 1)).item()
+    torch.manual_seed(before.random_seed(run.config.train.seed, run.group.rank // run.config.tensor_parallel))
+    return run.engine.backward(marked(run, run.train.step(before.samples, length), before.step + 1))
 
 
 def marked(run: Run, batches: Iterator[MicroBatch], step: int) -> Iterator[MicroBatch]:
@@ -153,40 +252,6 @@ def marked(run: Run, batches: Iterator[MicroBatch], step: int) -> Iterator[Micro
         run.mark(step)
         yield batch
     run.mark(step)
-
-
-def blame(run: Run, loss: float, own: float) -> str:
-    """Say whose loss it was, on which samples, and whether a weight was wrong before."""
-    reports = run.group.gather([own, first_bad(run.engine)])
-    ranks = [rank for rank, (value, _) in enumerate(reports) if not math.isfinite(value)]
-    bad = next((f"{name} of rank {rank} is not finite" for rank, (_, name) in enumerate(reports) if name), "")
-    first = run.state.samples
-    return (
-        f"step {run.state.step + 1}: the loss is {loss} (rank {', '.join(map(str, ranks))}, samples {first} to "
-        f"{first + run.train.plan.global_batch - 1}; {bad or 'all weights are finite'}); nothing of this step is "
-        "saved, lower the learning rate"
-    )
-
-
-def blame_gradient(run: Run, loss: float, length: int) -> str:
-    """Say in which tensor it was, on which samples; the engine has let go of the gradient, so it is computed again."""
-    backward(run, length)
-    names = run.engine.names()
-    bad = next((name for name in names if not bool(torch.isfinite(run.engine.gradient(name)).all())), "")
-    where = f"the first is that of {bad}" if bad else "computed again it is: suspect the memory"
-    first = run.state.samples
-    return (
-        f"step {run.state.step + 1}: the gradient is not finite (loss {loss:.4f}, samples {first} to "
-        f"{first + run.train.plan.global_batch - 1}; {where}); nothing of this step is saved, lower the learning rate"
-    )
-
-
-def first_bad(engine: Engine) -> str:
-    """The first of this rank's weights, in the model's order, that is not finite; an empty text if all are."""
-    for name, parameter in engine.objective.model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            return name
-    return ""
 
 
 def evaluation(run: Run, batches: Batches, name: str, number: int) -> dict[str, float | None] | None:

@@ -32,6 +32,8 @@ class NoiseScale(Observer):
     The averages begin anew when a run is started again; a step whose gradient is not finite begins its n steps anew.
     """
 
+    within = True
+
     def __init__(self, group: Group, batch: int, batches: int, *, on_host: bool = False):
         """`batch` is the global batch in samples."""
         self._group, self._batch, self._batches, self._on_host = group, batch, batches, on_host

@@ -17,7 +17,13 @@ from neox_train.steps import Engine
 
 
 class Observer:
-    """Told of every step, on every rank. What a subclass does not care for, it leaves out."""
+    """Told of every step, on every rank. What a subclass does not care for, it leaves out.
+
+    Attributes:
+        within: it looks at a step while it goes on, so that the next one must not begin before `end_step`.
+    """
+
+    within = False
 
     def begin_step(self, step: int) -> None:
         """Step number `step`, from 1, is about to begin."""

@@ -41,11 +41,13 @@ class PlainEngine:
         clipping: float,
         mesh: Mesh = ALONE,
         recorded: bool = False,
+        queues: bool = False,
     ):
         """Take over the model.
 
         Args:
             recorded: replay micro-batches as CUDA graphs.
+            queues: do not wait for the device in `step`, if the optimiser can leave out an update by itself.
         """
         if dtype == torch.float16:
             raise UsageError("precision: fp16 with this optimizer has no loss scaling; set precision to bfloat16")
@@ -60,7 +62,9 @@ class PlainEngine:
         self._masters = self._weights if self._same else {n: nn.Parameter(t.to(device)) for n, t in masters.items()}
         self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
         self._states = states_of(self._optimizer)
-        self._tiled = tiles.takes(self._optimizer, device)
+        self.queues = queues and can_skip(self._optimizer)
+        self._bad = torch.zeros((), device=device)  # 1.0 after a gradient that was not finite
+        self._tiled = tiles.takes(self._optimizer, device) and not self.queues
         self._recorded = Recorded(self._micro_batch, self._weights.values()) if recorded else None
 
     def train(self, on: bool) -> None:
@@ -92,14 +96,17 @@ class PlainEngine:
                 dist.all_reduce(gradient, group=self._mesh.groups.get("data"))
                 gradient /= self._mesh.data_size
         norm = self._norm(gradients)
-        if not bool(torch.isfinite(norm)):
+        bad = ~torch.isfinite(norm)
+        if self.queues:
+            self._optimizer.found_inf = self._bad = torch.maximum(self._bad, bad.float())
+        elif bool(bad):
             self._clear()
-            return Outcome(float(norm), skipped=True)
+            return Outcome(norm, bad)
         # the same coefficient as torch's clip_grad_norm_ and DeepSpeed's
         coefficient = (self._clipping / (norm + 1e-6)).clamp(max=1.0) if self._clipping > 0 else None
         self._update(gradients, coefficient)
         self._clear()
-        return Outcome(float(norm), skipped=False)
+        return Outcome(norm, bad)
 
     def _update(self, gradients: dict[str, Tensor], coefficient: Tensor | None) -> None:
         if self._tiled:
@@ -203,3 +210,8 @@ class PlainEngine:
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser leaves out its step where its attribute `found_inf`, a float32 scalar, is 1: fused Adam."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and all(g["fused"] for g in optimizer.param_groups)

@@ -35,6 +35,8 @@ class Recorder(Protocol):
 class Window(Observer):
     """Has a recorder on from the beginning of step `first` to the end of the one before `stop`."""
 
+    within = True
+
     def __init__(self, recorder: Recorder, first: int, stop: int, path: Path, warn: Warn):
         """`path` is what is written when it ends."""
         self._recorder, self._first, self._stop, self._path, self._warn = recorder, first, stop, path, warn

@@ -25,6 +25,8 @@ _CHUNK = 1 << 24
 class ReplicaCheck(Observer):
     """Compare a checksum of the weights before the update of every `every`th step, while they are what was used."""
 
+    within = True
+
     def __init__(self, group: Group, mesh: Mesh, every: int):
         self._group, self._mesh, self._every, self._step = group, mesh, every, 0
 

@@ -98,6 +98,9 @@ def prepare(
     )
     train = batches(splits.train)
     assert train is not None
+    observers = build_observers(
+        config, group, mesh, run=run, first_step=state.step + 1, device=device, warn=report.warn
+    )
     return loop.Run(
         config,
         group,
@@ -114,9 +117,10 @@ def prepare(
         stop,
         saved,
         mark,
-        build_observers(config, group, mesh, run=run, first_step=state.step + 1, device=device, warn=report.warn),
+        observers,
         curriculum_of(config),
         tokenizer,
+        runs_ahead=engine.queues and not any(observer.within for observer in observers),
         tasks=tasks_of(config, run, group, device, stop, mark, report) if config.train.eval_tasks else None,
     )
 

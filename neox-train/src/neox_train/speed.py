@@ -114,6 +114,11 @@ def check_graphs(config: NeoxConfig, device: torch.device, *, plain: bool) -> No
         raise UsageError(f"cuda_graphs: {why}; set {remedy and remedy + ', or '}cuda_graphs: false")
 
 
+def runs_ahead(config: NeoxConfig, device: torch.device) -> bool:
+    """Whether a step is queued before the outcome of the one before is read: where there is a queue, and if wanted."""
+    return config.speed.run_ahead and device.type == "cuda"
+
+
 def compile_blocks(model: Transformer) -> None:
     """Compile every block on its first call. They are alike, so this is one compilation, forward and backward.
 

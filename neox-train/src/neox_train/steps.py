@@ -13,15 +13,15 @@ from neox_train.objective import LanguageModeling, MicroBatch
 
 
 class Outcome(NamedTuple):
-    """How one optimiser step went.
+    """How one optimiser step went; tensors are scalars, and may still be in the device's queue.
 
     Attributes:
         grad_norm: global L2 norm of the gradient before clipping.
         skipped: whether the weights were left as they were (the gradient was not finite).
     """
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: Tensor | float
+    skipped: Tensor | bool
 
 
 class Engine(Protocol):
@@ -32,6 +32,8 @@ class Engine(Protocol):
 
     objective: LanguageModeling
     device: torch.device
+    queues: bool
+    """Whether `step` waits for nothing; after a gradient that is not finite every later step is skipped as well."""
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off."""

@@ -12,12 +12,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from libneox.errors import PeerLost, UsageError
 from libneox.parallel.launch import Launch
@@ -183,11 +184,19 @@ class Group:
 
     def sum(self, values: list[float], device: torch.device) -> list[float]:
         """Element-wise sum over all ranks, float64 where the device has it."""
+        return [float(value) for value in self.queue_sum(values, device)]
+
+    def queue_sum(self, values: Sequence[Tensor | float], device: torch.device) -> Sequence[Tensor | float]:
+        """The same of numbers that the device may still be computing; with several ranks, so are the sums."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        host = torch.tensor([0.0 if isinstance(value, Tensor) else value for value in values], dtype=torch.float64)
+        sums = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                sums[index] = value
+        dist.all_reduce(sums)
+        return sums.unbind()
 
     def close(self) -> None:
         """Leave; never raises, the run is over.

@@ -42,6 +42,11 @@ class Speed:
         "Forward and backward pass of a micro-batch are recorded once and replayed: for models so small that launching "
         "kernels takes longer than they do. Opt-in, on a GPU, with the plain engine and nothing checkpointed.",
     )
+    run_ahead: bool = key(
+        True,
+        "On a GPU with the plain engine and Adam a step is queued before the outcome of the one before is read, so "
+        "that the device never waits; records of a step and errors in it come one step later.",
+    )
     freeze_gc: bool = key(
         True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
     )
