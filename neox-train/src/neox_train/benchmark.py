@@ -31,6 +31,7 @@ from neox_train.engines import DTYPES, build_engine
 from neox_train.objective import MicroBatch
 from neox_train.report import memory_gb
 from neox_train.session import pick_device
+from neox_train.threads import set_threads
 
 LR = 1e-4
 DOCUMENT = 512  # tokens
@@ -102,6 +103,8 @@ class Task:
         if launch.world_size > 1:
             raise UsageError("bench: measures one process; start it without a launcher")
         device, plan = pick_device(launch, config), config.batch_plan(1)
+        if device.type == "cpu":
+            set_threads(config.speed.cpu_threads)
         model = config.model_config(config.model.vocab_size or 50277)
         return cls(config, model, device, DTYPES[config.compute_precision], plan.micro_batch, plan.grad_accum)
 

@@ -180,6 +180,8 @@ def _notes(config: NeoxConfig, state: TrainState, plan: BatchPlan, device: torch
     if state.samples != state.step * plan.global_batch:
         yield f"going on at sample {state.samples} of the order, {plan.global_batch} samples a step from here"
     world = plan.data_parallel * config.tensor_parallel * config.pipeline_stages
+    if device.type == "cpu" and world > 1:
+        yield f"{torch.get_num_threads()} threads in each rank"
     if not runs_plain(config, world):
         if config.zero_stage == 0:
             yield "ZeRO stage 0 runs as stage 1: the same numbers"

@@ -23,8 +23,8 @@ NEW = {
     "rope_scaling", "qk_norm", "qk_norm_groups", "mup_base_hidden_size", "tokenizer", "order", "document_mask",
     "reset_position_ids", "wsd_decay_fraction", "wsd_decay_style", "engine", "pipe_schedule",
     "async_save", "on_save_error", "replica_check_interval", "loss_weighting", "compile", "cpu_products",
-    "keep_host_memory", "attention_kernel", "cuda_graphs", "run_ahead", "freeze_gc", "prefetch", "checkpoint_policy",
-    "loss_chunk_mb",
+    "keep_host_memory", "cpu_threads", "attention_kernel", "cuda_graphs", "run_ahead", "freeze_gc", "prefetch",
+    "checkpoint_policy", "loss_chunk_mb",
 }  # fmt: skip
 SPECIAL = {  # values that pass the checks across keys
     "attention_config": [[["flash"], 2]],

@@ -17,6 +17,12 @@ class Speed:
         "(on a CPU 2000), with one rank to a model, ZeRO up to stage 2, no curriculum; on: or an error.",
         synonyms={"true": "on", "false": "off"},
     )
+    cpu_threads: int | None = key(
+        None,
+        "Threads of a rank on a CPU. Default: OMP_NUM_THREADS if it is set (torchrun sets it to 1), else torch's own "
+        "number, within a container's share of time, divided among the ranks on the same cores.",
+        minimum=1,
+    )
     cpu_products: Literal["auto", "onednn", "torch"] = key(
         "auto",
         "Who multiplies in blocks on a CPU. auto: oneDNN in bfloat16, and in float32 where MKL is slow (x86 not made "
