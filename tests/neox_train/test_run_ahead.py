@@ -6,20 +6,28 @@ It is for GPUs; here the CPU is told to do it as well, where every tensor is the
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from libneox.config import load_config
 from libneox.parallel.mesh import Mesh
 from neox_train import loop, speed
 from neox_train.engines import build_engine
 from neox_train.late import later
-from tests.neox_train.test_training import same_checkpoint
+from neox_train.objective import MicroBatch
+from tests.neox_train.conftest import same_checkpoint
+from tests.no_host import NoHost
 
+SHAPE: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32,
+    "train_batch_size": 2, "train_iters": 3, "precision": "bfloat16", "vocab_size": 96, "engine": "plain",
+    "optimizer": {"type": "adam", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 0}, "compile": "off",
+}  # fmt: skip
 PLAIN = {"zero_optimization": {"stage": 0}}
 CPU = torch.device("cpu")
 NAME = "layers.1.mlp.up.weight"
@@ -143,34 +151,34 @@ def test_who_looks_at_a_step_keeps_the_next_one_waiting(ahead: Any, train, confi
     assert {earlier for _, earlier in ahead} == {None}
 
 
-class NoReading(TorchDispatchMode):
-    """Fails where the host asks for a number of a tensor."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), "a read"
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_step_is_begun_with_a_look_at_the_device(
-    ahead: Any, train, config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from libneox.model import loss
-
-    monkeypatch.setattr(loss, "_scaled", lambda gradient, factor: gradient * factor)  # looks on a CPU alone
-    begin, watched = loop.begin_step, []
-
-    def begin_step(run: loop.Run) -> loop.Begun:
-        with NoReading():
-            begun = begin(run)
-        watched.append(begun.step)
-        return begun
-
-    monkeypatch.setattr(loop, "begin_step", begin_step)
-    for precision in ("fp32", "bfloat16"):
-        train(config(save=str(tmp_path / precision), precision=precision, **PLAIN, train_iters=3), "-q")
-    assert watched == [1, 2, 3] * 2
-    with pytest.raises(AssertionError, match="a read"), NoReading():
-        torch.ones(()).item()
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"pos_emb": "rotary", "precision": "fp32", "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True, "checkpoint_activations": True},
+        {"pos_emb": "alibi", "norm": "rmsnorm", "activation": "swiglu", "checkpoint_policy": "selective"},
+        {"pos_emb": "rpe", "qk_norm": "head"},
+        {"pos_emb": "sinusoidal", "use_mup": True, "mup_base_hidden_size": 32},
+    ],
+)
+def test_a_step_needs_nothing_of_the_host(keys: dict[str, Any], ahead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without memory: whoever would read a number there, as a GPU would be waited for, gets an error."""
+    checks = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(checks, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    config, device = load_config([SHAPE | keys]), torch.device("meta")
+    engine = build_engine(config, config.model_config(96), device, Mesh())
+    engine.train(True)
+    ids, mask = torch.zeros(2, 32, dtype=torch.long, device=device), torch.ones(2, 32, device=device)
+    bounds = torch.zeros(64, dtype=torch.int32, device=device)
+    batches = [MicroBatch(ids, ids, mask), MicroBatch(ids, ids, cu_seqlens=bounds, divisor=mask.sum())]
+    for first in (True, False):  # what is made once may be copied
+        with contextlib.nullcontext() if first else NoHost():
+            loss = engine.backward(batches)
+            outcome = engine.step(1e-3)
+    assert all(x.device == device for x in (loss, *outcome))
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        loss.item()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lion"])
@@ -215,7 +223,7 @@ def test_an_update_is_left_out_by_the_device() -> None:
     for name in engine.names():
         engine.restore_master(name, torch.randn(config.model_config(96).parameter_shapes()[name]) / 8)
     ids = torch.randint(0, 96, (2, 33), device=device)
-    batch = loop.MicroBatch(ids[:, :-1], ids[:, 1:])
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:])
     engine.backward([batch])
     assert not bool(engine.step(1e-3).skipped)
     before = {name: engine.master(name).clone() for name in engine.names()}
@@ -225,10 +233,3 @@ def test_an_update_is_left_out_by_the_device() -> None:
             engine.local()["head.weight"].grad[0, 0] = float("inf")
         assert bool(engine.step(1e-3).skipped) == bad
         assert all(torch.equal(engine.master(name), before[name]) for name in before)
-
-
-SHAPE: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32,
-    "train_batch_size": 2, "train_iters": 3, "precision": "bfloat16", "vocab_size": 96, "engine": "plain",
-    "optimizer": {"type": "adam", "params": {"lr": 1e-3}}, "zero_optimization": {"stage": 0},
-}  # fmt: skip

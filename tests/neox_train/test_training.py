@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 from pathlib import Path
@@ -13,15 +12,7 @@ import torch
 
 from libneox import load_model, run_directory
 from libneox.checkpoint.store import open_tensors
-
-
-def same_checkpoint(a: Path, b: Path) -> bool:
-    """Whether two steps hold the same bytes, but for paths in their configuration."""
-    names = {path.name for path in a.iterdir()} - {"config.yml", "manifest.json"}
-    assert names == {path.name for path in b.iterdir()} - {"config.yml", "manifest.json"}
-    return filecmp.cmpfiles(a, b, names, shallow=False)[0] == sorted(names) or all(
-        filecmp.cmp(a / name, b / name, shallow=False) for name in names
-    )
+from tests.neox_train.conftest import same_checkpoint
 
 
 def test_stdout_is_the_paths_of_checkpoints(train_apart, config, tmp_path: Path) -> None:

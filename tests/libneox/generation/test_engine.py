@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,10 @@ from libneox.generation import Engine, Sampling, generate
 from libneox.generation.conversation import Conversation
 from libneox.generation.lookup import Lookup
 from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prepack, load_packed, prepacked
-from libneox.model import Transformer
+from libneox.model import KVCache, Transformer
 from libneox.model.transformer import activate
 from libneox.tokenizer import Tokenizer
+from tests.no_host import NoHost
 
 Build = Callable[..., Transformer]
 PROMPTS = ["hello", "a much longer prompt than the first", "x", "hello world", ""]
@@ -56,6 +58,22 @@ def test_greedy_equals_no_cache_alone_and_in_a_batch(
     assert [engine.run([request])[0].tokens for request in requests] == expected
     guessing = Engine(model, tokenizer, max_tokens=24, prepack=prepack, guesses=3)
     assert [guessing.run([request])[0].tokens for request in requests] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_step_that_is_captured_needs_nothing_of_the_host(kind: str, padded: bool, noise_model: Build) -> None:
+    with torch.device("meta"):
+        model = Transformer(noise_model(**KINDS[kind]).config).eval()
+        pad_B, ids_BT = torch.zeros(3, dtype=torch.int64) if padded else None, torch.zeros(3, 5, dtype=torch.int64)
+        cache = KVCache(model.config, 3, 20, dtype=model.dtype, device="meta", pad_B=pad_B, whole=True)
+        with torch.inference_mode():
+            model(ids_BT, cache=cache)
+            for watched in (False, True):  # what is made once may be copied
+                with NoHost() if watched else contextlib.nullcontext():
+                    model(ids_BT[:, :1], cache=cache)
+    with pytest.raises(AssertionError, match="host memory"), NoHost():
+        torch.ones(3).to("meta")
 
 
 @pytest.mark.gpu

@@ -64,6 +64,14 @@ def _yarn(
     return frequencies * (1 - interpolated + interpolated / scaling.factor), attention_factor
 
 
+@functools.lru_cache(maxsize=32)
+def _frequencies_on(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+    """Those of `rotary_frequencies`, copied to a device once: the host waits for copies, captured graphs make none."""
+    with torch.inference_mode(False):  # the tensor outlives the caller's mode
+        frequencies, factor = rotary_frequencies(config)
+        return frequencies.to(device), factor
+
+
 def rotary_table(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles.
 
@@ -72,8 +80,8 @@ def rotary_table(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -
     Returns:
         Two tensors [..., R/2], computed in float32 and cast to `dtype` last.
     """
-    frequencies, factor = rotary_frequencies(config)
-    angles = positions_T.unsqueeze(-1).float() * frequencies.to(positions_T.device)
+    frequencies, factor = _frequencies_on(config, positions_T.device)
+    angles = positions_T.unsqueeze(-1).float() * frequencies
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
@@ -102,7 +110,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=32)
 def slopes_on(slopes: tuple[float, ...], device: torch.device) -> Tensor:
-    """Slopes as a float32 tensor, copied to a device once: captured graphs may not copy from the host."""
+    """Slopes as a float32 tensor, copied to a device once, like `_frequencies_on`."""
     with torch.inference_mode(False):  # the tensor outlives the caller's mode
         return torch.tensor(slopes, device=device)
 

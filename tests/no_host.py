@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether work can be queued on a device without the host having a part in it, found out without a device.
+
+The work is done on torch's `meta` device, whose tensors have no memory: to read a number of one is an error, as a GPU
+would have to be waited for. `NoHost` looks for the rest, copies to the device from memory of the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where a tensor of the host, other than a plain number, is made or used."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, result = (args, kwargs or {}), func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)]
+        assert all(x.device.type == "meta" or x.dim() == 0 for x in tensors), f"{func} takes or gives host memory"
+        return result
