@@ -105,10 +105,13 @@ def process_as_before() -> Iterator[None]:
     """Training sets what is faster for a whole process, and tests share one."""
     yield
     if "torch" in sys.modules:
-        from libneox.model import cpu_attention, products
+        from libneox.model import attention, cpu_attention, products
+        from neox_train import speed
 
         products.use_onednn()
         cpu_attention.use_tiles(False)
+        attention.use_varlen(True)
+        speed.put_first("")
 
 
 Train = Callable[..., Finished]

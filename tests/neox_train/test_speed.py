@@ -134,6 +134,19 @@ def test_fastest_kernel_is_one_that_runs() -> None:
     assert speed.fastest_kernel(shape, 2, torch.float32, CPU) in ("flash", "math")
 
 
+def test_the_kernel_asked_for_is_tried_first_from_then_on() -> None:
+    def order() -> list[Any]:
+        return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+
+    usual = order()
+    for name, first in (("math", "math"), ("cudnn", "cudnn"), ("auto", ""), ("efficient", "efficient"), ("torch", "")):
+        shape = config_of().model_config(50)
+        assert speed.prefer_kernel(config_of(attention_kernel=name), shape, 2, torch.float32, CPU) == ""
+        gc.collect()
+        assert order()[0] == (speed.KERNELS[first] if first else usual[0])
+    assert order() == usual
+
+
 def test_kernels_agree() -> None:
     q = torch.randn(2, 4, 16, 8)
     outs = []

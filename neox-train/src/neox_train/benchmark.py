@@ -3,7 +3,7 @@
 
 The step is the run's own: its engine, objective, optimiser and settings, on random tokens. The peer is transformers'
 GPTNeoXForCausalLM with its own loss, clipping and fused AdamW, in a bare loop in the same process, in rounds that take
-turns. What we set for a whole process (`keep_host_memory`) is taken back while the peer runs.
+turns. What we set for a whole process (`keep_host_memory`, `attention_kernel`) is taken back while the peer runs.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Task:
 def ours(task: Task) -> Contender:
     """neox-train's own step."""
     speed.set_up(task.config, task.device)
-    speed.prefer_kernel(task.config, task.model, task.batch, task.dtype, task.device)
+    trial = speed.prefer_kernel(task.config, task.model, task.batch, task.dtype, task.device)
     engine, batches = build_engine(task.config, task.model, task.device, Mesh()), task.batches()
     for name in engine.names():
         engine.restore_master(name, initial_value(task.model, name, 0))
@@ -143,7 +143,11 @@ def ours(task: Task) -> Contender:
         engine.step(LR)
         return loss
 
-    return Contender("neox", step, lambda: speed.set_up(task.config, task.device))
+    def settle() -> None:
+        speed.set_up(task.config, task.device)
+        speed.put_first(trial or task.config.speed.attention_kernel)
+
+    return Contender("neox", step, settle)
 
 
 def transformers(task: Task) -> Contender:
@@ -174,7 +178,11 @@ def transformers(task: Task) -> Contender:
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
 
-    return Contender("transformers", step, host_memory.release)
+    def settle() -> None:
+        host_memory.release()
+        speed.put_first("")
+
+    return Contender("transformers", step, settle)
 
 
 def _transformers_model(shape: ModelConfig) -> Any:

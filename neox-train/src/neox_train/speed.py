@@ -41,6 +41,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_preferred = contextlib.ExitStack()  # torch's order of kernels comes back when this is closed, or gone
 
 
 def set_up(config: NeoxConfig, device: torch.device) -> None:
@@ -149,10 +150,16 @@ def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: tor
     attention.use_varlen(asked in ("auto", "flash"))
     if asked == "auto" and device.type == "cuda":
         asked = trial = fastest_kernel(model, batch, dtype, device)
-    if asked in KERNELS:
-        rest = [kernel for name, kernel in KERNELS.items() if name != asked]
-        sdpa_kernel([KERNELS[asked], *rest], set_priority=True).__enter__()  # for the rest of the process
+    put_first(asked)
     return trial
+
+
+def put_first(kernel: str) -> None:
+    """Have SDPA try one of `KERNELS` first in this process; of another name: torch's own order."""
+    _preferred.close()
+    if kernel in KERNELS:
+        rest = [other for name, other in KERNELS.items() if name != kernel]
+        _preferred.enter_context(sdpa_kernel([KERNELS[kernel], *rest], set_priority=True))
 
 
 def fastest_kernel(model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
