@@ -45,7 +45,7 @@ def test_a_second_sigint_leaves_within_a_moment_and_says_so(tmp_path: Path) -> N
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert time.monotonic() - asked < 10
-    assert errors.count(b"saving after this step") == 1
+    assert errors.count(b"saving after the step under way") == 1
     assert (tmp_path / "last").read_text() == "said"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from libneox import run_directory
 from libneox.config import load_config
 from libneox.parallel.mesh import Mesh
 from neox_train import loop, speed
@@ -21,7 +22,7 @@ from neox_train.engines import build_engine
 from neox_train.late import later
 from neox_train.objective import MicroBatch
 from tests.neox_train.conftest import same_checkpoint
-from tests.no_host import NoHost
+from tests.no_host import no_host
 
 SHAPE: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32,
@@ -75,17 +76,46 @@ def test_changes_no_number(ahead: Any, train, config, metrics, precision: str, t
 
 def test_times_add_up(ahead: Any, train, config, metrics, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A step's seconds end where the next one's begin, though it was begun before that."""
-    clock = [0.0]
+    clock, read = [0.0], []
 
-    def tick() -> float:
-        clock[0] += 1.0
-        return clock[0]
+    class Time:
+        @staticmethod
+        def perf_counter() -> float:
+            """Another second each time the loop looks, and it alone does."""
+            clock[0] += 1.0
+            read.append(clock[0])
+            return clock[0]
 
-    monkeypatch.setattr(loop.time, "perf_counter", tick)
+    monkeypatch.setattr(loop, "time", Time)
     train(config(**PLAIN), "-q")
     seconds = [record["step_s"] for record in metrics(tmp_path / "RUN")]
-    assert sum(seconds) <= clock[0]
+    assert len(read) == 3 * 8, "once when a step begins, twice when it ends"
     assert min(seconds) > 0
+    assert sum(seconds) <= clock[0] - 8, "what is between the end of a step and its report is not counted"
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_checkpoint_is_committed_while_training_goes_on(
+    ahead: Any, on: bool, train, config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As soon as every rank has seen that its files are written, and not at the next save."""
+    begin, end, committed = loop.begin_step, loop.end_step, {}
+
+    def begin_step(run: loop.Run) -> loop.Begun:
+        if run.saver.busy:
+            run.saver._open.written.result(timeout=30)  # type: ignore[union-attr]
+        return begin(run)
+
+    def end_step(run: loop.Run, begun: loop.Begun) -> str:
+        stopping = end(run, begun)
+        committed[begun.step] = run_directory.list_steps(tmp_path / "RUN")
+        return stopping
+
+    monkeypatch.setattr(loop, "begin_step", begin_step)
+    monkeypatch.setattr(loop, "end_step", end_step)
+    done = train(config(checkpoint_factor=3, async_save=True, run_ahead=on, **PLAIN), "-q")
+    assert committed == {1: [], 2: [], 3: [], 4: [3], 5: [3], 6: [3], 7: [3, 6], 8: [3, 6]}
+    assert done.lines == [str(tmp_path / "RUN" / f"step_{step}") for step in (3, 6, 8)]
 
 
 def test_a_stop_comes_one_step_later_and_loses_nothing(
@@ -173,7 +203,7 @@ def test_a_step_needs_nothing_of_the_host(keys: dict[str, Any], ahead: Any, monk
     bounds = torch.zeros(64, dtype=torch.int32, device=device)
     batches = [MicroBatch(ids, ids, mask), MicroBatch(ids, ids, cu_seqlens=bounds, divisor=mask.sum())]
     for first in (True, False):  # what is made once may be copied
-        with contextlib.nullcontext() if first else NoHost():
+        with contextlib.nullcontext() if first else no_host():
             loss = engine.backward(batches)
             outcome = engine.step(1e-3)
     assert all(x.device == device for x in (loss, *outcome))

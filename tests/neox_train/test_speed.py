@@ -16,9 +16,14 @@ from libneox import host_memory
 from libneox.config import BatchPlan, load_config
 from libneox.errors import DataError, UsageError
 from libneox.model import Transformer, cpu_attention, init_weights, loss, products
+from libneox.parallel.group import Group
+from libneox.parallel.launch import discover
+from libneox.run_directory import CheckpointRef
 from neox_train import speed
 from neox_train.ahead import Ahead
 from neox_train.recompute import recompute_blocks
+from neox_train.resume import Start, made_by_same_command
+from neox_train.setup import with_kernel
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE: dict[str, Any] = {
@@ -140,11 +145,35 @@ def test_the_kernel_asked_for_is_tried_first_from_then_on() -> None:
 
     usual = order()
     for name, first in (("math", "math"), ("cudnn", "cudnn"), ("auto", ""), ("efficient", "efficient"), ("torch", "")):
-        shape = config_of().model_config(50)
-        assert speed.prefer_kernel(config_of(attention_kernel=name), shape, 2, torch.float32, CPU) == ""
+        speed.prefer_kernel(name, CPU)
         gc.collect()
         assert order()[0] == (speed.KERNELS[first] if first else usual[0])
     assert order() == usual
+
+
+def test_a_run_keeps_the_kernel_that_its_first_trial_chose(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[..., Path], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    trials = iter(["cudnn", "flash"])
+    monkeypatch.setattr(speed, "fastest_kernel", lambda *_: next(trials))
+    group, plan = Group(discover({}), timeout_s=1), Counted.plan
+
+    def chosen(start: Start, device: torch.device = GPU, **keys: Any) -> str:
+        settled, notes = with_kernel(config_of(**keys), config_of().model_config(50), plan, device, start, group)
+        kernel = settled.speed.attention_kernel
+        assert notes == ([f"attention_kernel: {kernel}"] if device == GPU and not keys else [])
+        return kernel
+
+    fresh = Start(None, own=False, note="")
+    assert chosen(fresh) == "cudnn"
+    assert chosen(fresh, attention_kernel="math") == "math"
+    assert chosen(fresh, CPU) == "auto"
+    train(config(attention_kernel="efficient", train_iters=1), "-q")  # a run that began with it
+    path = tmp_path / "RUN" / "step_1"
+    assert chosen(Start(CheckpointRef(path, "neox", 1), own=True, note="")) == "efficient"
+    assert chosen(Start(CheckpointRef(path, "neox", 1), own=False, note="")) == "flash"
+    stored = load_config([str(path / "config.yml")])
+    assert made_by_same_command(stored.replace(attention_kernel="auto"), path)
 
 
 def test_kernels_agree() -> None:

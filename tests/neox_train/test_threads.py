@@ -27,37 +27,38 @@ def eight(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("asked", "variable", "quota", "sharing", "expected"),
+    ("asked", "variable", "quota", "neighbours", "expected"),
     [
-        (None, None, None, 1, 8),
-        (None, None, None, 3, 2),
-        (None, None, None, 20, 1),
-        (None, None, "max 100000", 2, 4),
-        (None, None, "150000 100000", 1, 2),
-        (None, None, "400000 100000", 2, 2),
-        (None, "8", "100000 100000", 4, 8),
-        (5, "8", "100000 100000", 4, 5),
+        (None, None, None, (1, 1), 8),
+        (None, "", None, (3, 3), 2),
+        (None, None, None, (20, 20), 1),
+        (None, None, "max 100000", (2, 2), 4),
+        (None, None, "max 100000", (2, 1), 8),  # each on cores of its own
+        (None, None, "150000 100000", (1, 1), 2),
+        (None, None, "400000 100000", (2, 1), 2),
+        (None, "8", "100000 100000", (4, 4), 8),
+        (5, "8", "100000 100000", (4, 4), 5),
     ],
 )
 def test_how_many(
-    asked: int | None, variable: str | None, quota: str | None, sharing: int, expected: int,
+    asked: int | None, variable: str | None, quota: str | None, neighbours: tuple[int, int], expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if variable:
+    if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     if quota:
         threads.QUOTA.write_text(quota + "\n")
-    assert threads.set_threads(asked, sharing) == expected
+    assert threads.set_threads(asked, threads.Neighbours(*neighbours)) == expected
     assert torch.get_num_threads() == expected
 
 
-def test_ranks_bound_to_cores_of_their_own_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_bound_to_cores_of_their_own_do_not_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(discover({}), timeout_s=1)
     mine, all_cores = sorted(os.sched_getaffinity(0)), [*range(64)]
-    for others, expected in (([["here", mine]] * 2, 3), ([["here", all_cores], ["there", mine]], 1)):
+    for others, expected in (([["here", mine]] * 2, (3, 3)), ([["here", all_cores], ["there", mine]], (2, 1))):
         monkeypatch.setattr(threads.socket, "gethostname", lambda: "here")
         monkeypatch.setattr(group, "gather", lambda own, others=others: [own, *others])
-        assert threads.ranks_on_my_cores(group) == expected
+        assert threads.neighbours_of(group) == expected
 
 
 def test_two_ranks_share_the_cores(train_apart, config, script) -> None:

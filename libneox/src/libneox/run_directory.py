@@ -185,7 +185,7 @@ def _check_tokenizer(step_dir: Path, manifest: Manifest) -> None:
     """The tokenizer that a manifest describes must be there, even where the files it lists leave it out."""
     if manifest.tokenizer is None:
         return
-    path = step_dir / tokenizer_file(manifest.tokenizer["kind"])
+    path = step_dir / tokenizer_file(manifest.tokenizer.get("kind", ""))
     listed = manifest.files.get(path.name)  # its bytes were compared with the record
     if (listed.sha256 if listed else _digest(path)) != manifest.tokenizer["sha256"]:
         raise IntegrityError(f"{path}: is not the tokenizer that the manifest describes; the checkpoint is damaged")

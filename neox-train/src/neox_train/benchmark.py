@@ -132,7 +132,8 @@ class Task:
 def ours(task: Task) -> Contender:
     """neox-train's own step."""
     speed.set_up(task.config, task.device)
-    trial = speed.prefer_kernel(task.config, task.model, task.batch, task.dtype, task.device)
+    kernel = speed.kernel_of(task.config, task.model, task.batch, task.dtype, task.device)
+    speed.prefer_kernel(kernel, task.device)
     engine, batches = build_engine(task.config, task.model, task.device, Mesh()), task.batches()
     for name in engine.names():
         engine.restore_master(name, initial_value(task.model, name, 0))
@@ -145,7 +146,7 @@ def ours(task: Task) -> Contender:
 
     def settle() -> None:
         speed.set_up(task.config, task.device)
-        speed.put_first(trial or task.config.speed.attention_kernel)
+        speed.put_first(kernel)
 
     return Contender("neox", step, settle)
 

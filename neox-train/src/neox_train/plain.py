@@ -59,11 +59,12 @@ class PlainEngine:
         self._same = dtype == torch.float32
         objective.to(dtype)
         self._weights = dict(objective.model.named_parameters())
+        self._cut = torch.tensor([hasattr(p, "model_parallel") for p in self._weights.values()], device=device)
         self._masters = self._weights if self._same else {n: nn.Parameter(t.to(device)) for n, t in masters.items()}
         self._optimizer: torch.optim.Optimizer = build_optimizer(self._masters.items())
         self._states = states_of(self._optimizer)
         self.queues = queues and can_skip(self._optimizer)
-        self._bad = torch.zeros((), device=device)  # 1.0 after a gradient that was not finite
+        self._bad = torch.zeros((), device=device)  # 1.0 after a loss or gradient that was not finite
         self._tiled = tiles.takes(self._optimizer, device) and not self.queues
         self._recorded = Recorded(self._micro_batch, self._weights.values()) if recorded else None
 
@@ -74,7 +75,10 @@ class PlainEngine:
     def backward(self, batches: Iterable[MicroBatch]) -> Tensor:
         """Add up the gradients of a step's micro-batches, each divided by their number; returns their mean loss."""
         work = self._recorded or self._micro_batch
-        return torch.stack([work(batch) for batch in batches]).mean()
+        mean = torch.stack([work(batch) for batch in batches]).mean()
+        if self.queues:
+            self._bad = torch.maximum(self._bad, (~torch.isfinite(mean)).float())
+        return mean
 
     def _micro_batch(self, batch: MicroBatch) -> Tensor:
         loss = self.objective(*batch)
@@ -131,10 +135,9 @@ class PlainEngine:
             norms = torch.stack(torch._foreach_norm(list(gradients.values()), dtype=torch.float32))
         if self._mesh.tensor_size == 1:
             return torch.linalg.vector_norm(norms)
-        cut = torch.tensor([hasattr(weight, "model_parallel") for weight in self._weights.values()], device=self.device)
-        pieces = torch.where(cut, norms, 0.0).square().sum()
+        pieces = torch.where(self._cut, norms, 0.0).square().sum()
         dist.all_reduce(pieces, group=self._mesh.groups["tensor"])
-        return (pieces + torch.where(cut, 0.0, norms).square().sum()).sqrt()
+        return (pieces + torch.where(self._cut, 0.0, norms).square().sum()).sqrt()
 
     def _gradients(self) -> dict[str, Tensor]:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self._weights.items()}

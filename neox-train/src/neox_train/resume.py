@@ -15,7 +15,8 @@ from libneox.run_directory import CheckpointRef, Warn
 from neox_train.remote import LOADED, fetch, is_address
 
 DEFAULT_RUN = "run"
-_FILLED_IN = ("vocab_size", "padded_vocab_size", "qk_norm_groups")  # by the first start, from the data
+# by the first start, from the data and a trial
+_FILLED_IN = ("vocab_size", "padded_vocab_size", "qk_norm_groups", "attention_kernel")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from neox_train.report import memory_gb
 from neox_train.resume import Start, find_start, run_path
 from neox_train.setup import prepare
 from neox_train.signals import StopRequest
-from neox_train.threads import ranks_on_my_cores, set_threads
+from neox_train.threads import neighbours_of, set_threads
 from neox_train.watch import Watch, is_communication
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed")  # of the CPU, CUDA and cuBLAS, as they say it
@@ -58,7 +58,7 @@ def run(config: NeoxConfig, launch: Launch, options: Options) -> None:
         try:
             agree(group, config)
             if device.type == "cpu":
-                set_threads(config.speed.cpu_threads, ranks_on_my_cores(group))
+                set_threads(config.speed.cpu_threads, neighbours_of(group))
             group.start_collectives("nccl" if device.type == "cuda" else "gloo")
             _run_with_status(config, group, device, options, stop)
         finally:

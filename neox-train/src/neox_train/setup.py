@@ -71,6 +71,7 @@ def prepare(
     model_config = resolve_model(config, tokenizer, start.source)
     config, change = with_schedule(with_model(config, model_config), start, train_iters)
     mesh = mesh_of(config, plan, group)
+    config, kernel = with_kernel(config, model_config, plan, device, start, group)
     engine, chosen = _engine(config, model_config, plan, device, mesh)
     restore(config, engine, start)
     run = run_path(config)
@@ -78,7 +79,7 @@ def prepare(
     report = _report(config, run, group, model_config, device, train_iters, stdout=stdout, quiet=quiet)
     if change:
         report.warn(change)
-    for note in (*splits.notes, *chosen, *_notes(config, state, plan, device)):
+    for note in (*splits.notes, *kernel, *chosen, *_notes(config, state, plan, device)):
         report.note(note)
     if config.train.checkpoint_validation_with_forward_pass and start.source is not None:
         _check_forward(config, engine, start.source, report)
@@ -130,13 +131,11 @@ def _engine(
 ) -> tuple[Engine, list[str]]:
     """The engine, its values not set yet, and what was chosen for it."""
     dtype, compiled = DTYPES[config.compute_precision], speed.compiles(config, device)
-    kernel = speed.prefer_kernel(config, model, plan.micro_batch, dtype, device)
+    speed.prefer_kernel(config.speed.attention_kernel, device)
     policy = recompute.choose(config, model, dtype, device, world=mesh.world_size, compiled=compiled)
     chosen = []
     if policy != recompute.policy_of(config):
         chosen.append(f"checkpoint_policy: {policy}, so that it fits the memory of the device")
-    if kernel:
-        chosen.append(f"attention_kernel: {kernel}")
     return build_engine(config.replace(checkpoint_policy=policy), model, device, mesh), chosen
 
 
@@ -268,6 +267,22 @@ def with_model(config: NeoxConfig, model: ModelConfig) -> NeoxConfig:
         padded_vocab_size=model.padded_vocab_size,
         qk_norm_groups=model.qk_norm_groups if model.qk_norm == "joint" else None,
     )
+
+
+def with_kernel(
+    config: NeoxConfig, model: ModelConfig, plan: BatchPlan, device: torch.device, start: Start, group: Group
+) -> tuple[NeoxConfig, list[str]]:
+    """The configuration with the kernel of attention that rank 0's trial chose, and what is to be said of it.
+
+    A run that is continued keeps the choice it began with: another kernel would round differently.
+    """
+    if config.speed.attention_kernel != "auto" or device.type != "cuda":
+        return config, []
+    begun = stored_config(start.source.path) if start.own and start.source is not None else config
+    kernel, dtype = begun.speed.attention_kernel, DTYPES[config.compute_precision]
+    if kernel == "auto":
+        kernel = group.on_first(lambda: speed.kernel_of(config, model, plan.micro_batch, dtype, device))
+    return config.replace(attention_kernel=kernel), [f"attention_kernel: {kernel}"]
 
 
 def with_schedule(config: NeoxConfig, start: Start, train_iters: int) -> tuple[NeoxConfig, str]:

@@ -52,7 +52,7 @@ class StopRequest:
             self._first_interrupt = self._first_interrupt or now
         if not self.name:
             self.name = signal.Signals(number).name
-            message = f"neox-train: {self.name}: saving after this step, then stopping\n"
+            message = f"neox-train: {self.name}: saving after the step under way, then stopping\n"
             os.write(2, message.encode())
 
 

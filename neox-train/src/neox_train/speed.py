@@ -137,21 +137,27 @@ def _without_harm(compiled: Callable[..., torch.Tensor], *args: object, **keywor
         return compiled(*args, **keywords)
 
 
-def prefer_kernel(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Set the kernel of attention that is tried first; returns its name if a trial found it, else "".
+def kernel_of(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """`attention_kernel`; `auto` on a GPU is settled by a trial, which may end otherwise the next time.
 
     Args:
         batch: sequences of a micro-batch.
     """
-    asked, trial = config.speed.attention_kernel, ""
-    if asked == "tiles" and device.type != "cpu":
+    asked = config.speed.attention_kernel
+    return fastest_kernel(model, batch, dtype, device) if asked == "auto" and device.type == "cuda" else asked
+
+
+def prefer_kernel(kernel: str, device: torch.device) -> None:
+    """Set how this process computes attention; `kernel` as in `attention_kernel`.
+
+    Raises:
+        UsageError: the device has no such kernel.
+    """
+    if kernel == "tiles" and device.type != "cpu":
         raise UsageError("attention_kernel: tiles are for CPUs; set attention_kernel: auto")
-    cpu_attention.use_tiles(device.type == "cpu" and asked in ("auto", "tiles"))
-    attention.use_varlen(asked in ("auto", "flash"))
-    if asked == "auto" and device.type == "cuda":
-        asked = trial = fastest_kernel(model, batch, dtype, device)
-    put_first(asked)
-    return trial
+    cpu_attention.use_tiles(device.type == "cpu" and kernel in ("auto", "tiles"))
+    attention.use_varlen(kernel not in ("torch", "efficient", "math"))
+    put_first(kernel)
 
 
 def put_first(kernel: str) -> None:

@@ -33,7 +33,7 @@ class Engine(Protocol):
     objective: LanguageModeling
     device: torch.device
     queues: bool
-    """Whether `step` waits for nothing; after a gradient that is not finite every later step is skipped as well."""
+    """Whether `step` waits for nothing; from a loss or gradient that is not finite on, every step is skipped."""
 
     def train(self, on: bool) -> None:
         """Switch dropout on or off."""

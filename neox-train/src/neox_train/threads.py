@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,28 +19,38 @@ from libneox.parallel.group import Group
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "MICROSECONDS PERIOD", or "max PERIOD" (Linux, cgroups v2)
 
 
-def set_threads(asked: int | None, sharing: int = 1) -> int:
+class Neighbours(NamedTuple):
+    """Ranks that share with this one, itself included: the host and its container, and exactly its cores."""
+
+    on_host: int = 1
+    on_cores: int = 1
+
+
+ALONE = Neighbours()
+
+
+def set_threads(asked: int | None, neighbours: Neighbours = ALONE) -> int:
     """Set the threads of this process and return their number.
 
     Args:
         asked: the key `cpu_threads`; without it OMP_NUM_THREADS holds where it is set, as torch has read it.
-        sharing: ranks on the same cores, this one included.
     """
     count = torch.get_num_threads()
     if asked is not None:
         count = asked
-    elif "OMP_NUM_THREADS" not in os.environ:
-        count = max(1, min(count, cores_granted()) // sharing)
+    elif not os.environ.get("OMP_NUM_THREADS"):
+        count = max(1, min(count // neighbours.on_cores, cores_granted() // neighbours.on_host))
     if count != torch.get_num_threads():
         torch.set_num_threads(count)
     return count
 
 
-def ranks_on_my_cores(group: Group) -> int:
-    """How many ranks may use exactly the cores of this one: all on a host, unless a launcher has bound them."""
+def neighbours_of(group: Group) -> Neighbours:
+    """Those of this rank. All on a host are on the same cores, unless a launcher has bound them to others."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    places = group.gather([socket.gethostname(), cores])
-    return places.count(places[group.rank])
+    host = socket.gethostname()
+    places = group.gather([host, cores])
+    return Neighbours([name for name, _ in places].count(host), places.count([host, cores]))
 
 
 def cores_granted() -> int:

@@ -18,7 +18,7 @@ from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prep
 from libneox.model import KVCache, Transformer
 from libneox.model.transformer import activate
 from libneox.tokenizer import Tokenizer
-from tests.no_host import NoHost
+from tests.no_host import no_host
 
 Build = Callable[..., Transformer]
 PROMPTS = ["hello", "a much longer prompt than the first", "x", "hello world", ""]
@@ -70,10 +70,11 @@ def test_a_step_that_is_captured_needs_nothing_of_the_host(kind: str, padded: bo
         with torch.inference_mode():
             model(ids_BT, cache=cache)
             for watched in (False, True):  # what is made once may be copied
-                with NoHost() if watched else contextlib.nullcontext():
+                with no_host() if watched else contextlib.nullcontext():
                     model(ids_BT[:, :1], cache=cache)
-    with pytest.raises(AssertionError, match="host memory"), NoHost():
-        torch.ones(3).to("meta")
+    for copied in (lambda: torch.ones(3).to("meta"), lambda: torch.tensor([1, 2], device="meta")):
+        with pytest.raises(AssertionError, match="host memory"), no_host():
+            copied()
 
 
 @pytest.mark.gpu

@@ -93,7 +93,7 @@ def test_who_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert takes(seen)
     assert make_pattern("sdpa", seen._replace(window=4), device=gpu, dtype=torch.float16) == attention.Pattern(
-        "varlen", window=4, cu_seqlens_E=bounds
+        "varlen", window=4, cu_seqlens_E=bounds, kernel=attention._varlen_function()
     )
     assert not takes(seen, torch.device("cpu"))
     assert not takes(seen, dtype=torch.float32)

@@ -46,6 +46,7 @@ class Pattern(NamedTuple):
     window: int | None = None  # for flash and varlen, which need no mask
     slopes_N: Tensor | None = None  # for flash
     cu_seqlens_E: Tensor | None = None  # for varlen
+    kernel: Callable[..., Tensor] | None = None  # for varlen
 
 
 class Visibility(NamedTuple):
@@ -99,7 +100,7 @@ def make_pattern(backend: Backend, seen: Visibility, *, device: torch.device, dt
     if seen.plain and not seen.biased:
         return Pattern("sdpa" if backend == "flex" else backend)
     if backend == "sdpa" and _takes_varlen(seen, device, dtype):
-        return Pattern("varlen", None, seen.window, cu_seqlens_E=seen.cu_seqlens_E)
+        return Pattern("varlen", None, seen.window, cu_seqlens_E=seen.cu_seqlens_E, kernel=_varlen_function())
     if backend == "flex":
         return Pattern(backend, _flex_pattern(seen, device))
     return Pattern(backend, _dense_mask(seen, device, dtype))
@@ -231,11 +232,12 @@ def _takes_varlen(seen: Visibility, device: torch.device, dtype: torch.dtype) ->
 
 
 def _attend_varlen(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, pattern: Pattern, scale: float) -> Tensor:
-    kernel, length, bounds = _varlen_function(), q_BTNH.shape[1], pattern.cu_seqlens_E
-    assert kernel is not None, "make_pattern has asked"
+    length, bounds = q_BTNH.shape[1], pattern.cu_seqlens_E
+    assert pattern.kernel is not None, "make_pattern has asked"
     window = (-1 if pattern.window is None else pattern.window - 1, 0)
     q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
-    return kernel(q, k, v, bounds, bounds, length, length, scale=scale, window_size=window).view(q_BTNH.shape)
+    out = pattern.kernel(q, k, v, bounds, bounds, length, length, scale=scale, window_size=window)
+    return out.view(q_BTNH.shape)
 
 
 @functools.cache

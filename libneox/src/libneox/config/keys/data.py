@@ -77,7 +77,7 @@ class Data:
     document_mask: bool = key(
         False,
         "Attention stays within a document; on a GPU in half precision by torch's kernel for sequences of various "
-        "lengths, if attention_kernel is auto or flash and nothing else is asked of attention. New.",
+        "lengths, unless attention_kernel is torch, efficient or math or more is asked of attention. New.",
     )
     reset_position_ids: bool = key(False, "Positions start at 0 in every document. New.")
     data_impl: Literal["infer", "mmap", "cached"] = key(

@@ -40,8 +40,8 @@ class Speed:
     )
     attention_kernel: Literal["auto", "torch", "tiles", "cudnn", "flash", "efficient", "math"] = key(
         "auto",
-        "Kernel of attention. auto: the fastest of a timed trial on a GPU, tiles on a CPU (whose scores are rounded in "
-        "bfloat16, as GPT-NeoX's); torch: what SDPA chooses.",
+        "Kernel of attention. auto: the fastest of a timed trial on a GPU, which a run keeps, tiles on a CPU (whose "
+        "scores are rounded in bfloat16, as GPT-NeoX's); torch: what SDPA chooses.",
     )
     cuda_graphs: bool = key(
         False,
@@ -50,8 +50,8 @@ class Speed:
     )
     run_ahead: bool = key(
         True,
-        "On a GPU with the plain engine and Adam a step is queued before the outcome of the one before is read, so "
-        "that the device never waits; records of a step and errors in it come one step later.",
+        "On a GPU with the plain engine and fused Adam a step is queued before the outcome of the one before is read, "
+        "so that the device never waits; records of a step, errors in it and stops come one step later.",
     )
     freeze_gc: bool = key(
         True, "Python's garbage collector runs between steps, every 1000 of them, instead of anywhere in the midst."
