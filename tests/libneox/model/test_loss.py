@@ -49,6 +49,22 @@ def test_value_and_gradients(rows: int, block: int, z_loss: float, monkeypatch: 
     torch.testing.assert_close(torch.autograd.grad(loss * 3, (hidden, weight)), expected_grads)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**15, 2.0**20])
+def test_small_gradients_survive_in_half_precision(scale: float) -> None:
+    """Those of the tokens that were not meant are far below what float16 holds, until the loss is scaled."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 4096, 16).half(), (torch.randn(8192, 16) / 16).half()
+    labels = torch.randint(0, 8192, (1, 4096))
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    F.cross_entropy((exact[0] @ exact[1].T)[0], labels[0]).backward()
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    (linear_cross_entropy(ours[0], ours[1], labels) * scale).backward()
+    for mine, wanted in zip(ours, exact, strict=True):
+        got = mine.grad.double() / scale  # type: ignore[union-attr]
+        limit = 0.002 if scale > 1 else 0.2  # unscaled, the result itself is below what float16 holds
+        assert (got - wanted.grad).norm() <= limit * wanted.grad.norm()  # type: ignore[union-attr,operator]
+
+
 def test_gradients_of_the_frozen_are_not_made() -> None:
     hidden, weight, labels, mask = inputs()
     linear_cross_entropy(hidden, weight.detach(), labels, mask).backward()

@@ -23,6 +23,7 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}  # of logits in the weights'
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of logits in float32
 _chunk_bytes: dict[str, int] = {}
 SUM_ROWS = 2048  # rows of the head's gradient added at a time
+HALF_SUM = 2048.0  # of the positions' weights in float16: with less small gradients vanish, with more sums overflow
 IGNORE = -100
 
 
@@ -73,9 +74,15 @@ def linear_cross_entropy(
     if mask_BT is not None:
         weights_BT = weights_BT * mask_BT
     total = weights_BT.sum() if divisor is None else divisor
-    weights_BT = weights_BT / torch.where(total > 0, total, torch.ones_like(total))
-    labels = labels_BT.clamp(min=0).reshape(-1)
-    return _WeightedLoss.apply(hidden_BTD.flatten(0, -2), weight_VD, labels, weights_BT.reshape(-1), z_loss, vocabulary)
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    hidden_MD, labels_M = hidden_BTD.flatten(0, -2), labels_BT.clamp(min=0).reshape(-1)
+    if hidden_BTD.dtype != torch.float16:
+        weights_M = (weights_BT / total).reshape(-1)
+        return _WeightedLoss.apply(hidden_MD, weight_VD, labels_M, weights_M, z_loss, vocabulary)
+    # float16 holds nothing small, and its loss scale comes with the backward pass: most of the division waits for that
+    share = (HALF_SUM / total).clamp(max=1.0)
+    weights_M = (weights_BT * share).reshape(-1)
+    return _WeightedLoss.apply(hidden_MD, weight_VD, labels_M, weights_M, z_loss, vocabulary) / (total * share)
 
 
 def token_losses(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, *, vocabulary: Vocabulary = ALL) -> Tensor:
@@ -238,4 +245,6 @@ def _add_product(sum_VD: Tensor | None, d_CV: Tensor, hidden_CD: Tensor) -> Tens
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
     if gradient is None or (factor.device.type == "cpu" and float(factor) == 1.0):
         return gradient
+    if gradient.dtype == torch.float16:  # which may not hold the factor
+        return (gradient.float() * factor).to(gradient.dtype)
     return gradient * factor.to(gradient.dtype)
