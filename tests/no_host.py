@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class _NoTensor(TorchDispatchMode):
-    """Fails where a tensor of the host, other than a plain number, is made or used."""
+    """Fails where a tensor of the host is made or used."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, result = (args, kwargs or {}), func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((given, result)) if isinstance(x, torch.Tensor)]
-        assert all(x.device.type == "meta" or x.dim() == 0 for x in tensors), f"{func} takes or gives host memory"
+        assert all(x.device.type == "meta" for x in tensors), f"{func} takes or gives host memory"
         return result
 
 

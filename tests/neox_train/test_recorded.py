@@ -52,7 +52,9 @@ def test_the_same_numbers(precision: str, monkeypatch: pytest.MonkeyPatch) -> No
     """With a recording that calls the work again on the tensors it was recorded with, as a device does."""
     recordings: list[int] = []
 
-    def record(work: Callable[[], Tensor], undo: Callable[[], object]) -> Callable[[], Tensor]:
+    def record(
+        work: Callable[[], Tensor], undo: Callable[[], object], device: torch.device, pool: Any
+    ) -> Callable[[], Tensor]:
         recordings.append(1)
         for _ in range(3):
             result = work()
@@ -76,7 +78,6 @@ def test_the_same_numbers(precision: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bfloat16", "off"), ("bfloat16", "on")])
 def test_the_same_numbers_on_a_gpu(precision: str, compiled: str) -> None:
     device = torch.device("cuda", 0)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from libneox.model import cuda_graph
 from neox_train.objective import MicroBatch
 
-Record = Callable[[Callable[[], Tensor], Callable[[], object]], Callable[[], Tensor]]
+Record = Callable[[Callable[[], Tensor], Callable[[], object], torch.device, Any], Callable[[], Tensor]]
 
 
 class Recorded:
@@ -24,6 +25,8 @@ class Recorded:
         self, work: Callable[[MicroBatch], Tensor], weights: Iterable[nn.Parameter], record: Record = cuda_graph.record
     ):
         self._work, self._weights, self._record = work, list(weights), record
+        self._device = self._weights[0].device
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None  # a loss is copied at once
         self._recordings: dict[tuple[torch.Size | None, ...], tuple[MicroBatch, Callable[[], Tensor]]] = {}
 
     def __call__(self, batch: MicroBatch) -> Tensor:
@@ -49,4 +52,4 @@ class Recorded:
                 assert weight.grad is not None
                 weight.grad.copy_(gradient)
 
-        return fields, self._record(lambda: self._work(fields), undo)
+        return fields, self._record(lambda: self._work(fields), undo, self._device, self._pool)

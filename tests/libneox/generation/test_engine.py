@@ -77,8 +77,38 @@ def test_a_step_that_is_captured_needs_nothing_of_the_host(kind: str, padded: bo
             copied()
 
 
+def test_rows_that_have_ended_stay_where_steps_are_recorded(
+    noise_model: Build, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To take them out costs another recording: they go when they are half of the batch, and change no other's text."""
+    model, sizes, prompts = noise_model(), [], [*PROMPTS, "and", "others", "too"]
+
+    def texts() -> list[list[int]]:
+        sampling = Sampling(temperature=1.0, seed=4)
+        engine = Engine(model, tokenizer, sampling=sampling, max_tokens=12, end_ids=range(2, 40))
+        requests = [engine.request(prompt, index=i) for i, prompt in enumerate(prompts)]
+        return [completion.tokens for completion in engine.run(requests)]
+
+    wanted = texts()
+    assert len({len(tokens) for tokens in wanted}) > 3, "texts end one after the other"
+
+    class Whole(KVCache):
+        """As on a GPU."""
+
+        def __init__(self, *args: Any, **keywords: Any):
+            super().__init__(*args, **(keywords | {"whole": True}))
+
+        def select(self, rows: torch.Tensor) -> None:
+            sizes.append(len(rows))
+            super().select(rows)
+
+    monkeypatch.setattr("libneox.generation.engine.KVCache", Whole)
+    assert texts() == wanted
+    assert sizes
+    assert all(2 * small <= large for large, small in zip([len(prompts), *sizes], sizes, strict=False))
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_captured_graphs_equal_plain_steps(kind: str, noise_model: Build, tokenizer: Tokenizer) -> None:
     model = noise_model(**KINDS[kind])

@@ -194,7 +194,7 @@ class Engine:
             ids_BT[row, width - lengths[row] :] = torch.tensor(request.ids)
         pad_B = None if min(lengths) == width else torch.tensor([width - n for n in lengths], device=model.device)
         capacity = width + new_tokens + self.guesses
-        whole = model.device.type == "cuda" and not self.guesses and model.is_whole
+        whole = model.device.type == "cuda" and not self.guesses and model.is_whole and model.attention != "flash"
         cache = KVCache(
             model.config,
             len(requests),
@@ -214,15 +214,18 @@ class Engine:
         return cache, logits_BV
 
     def _decode(self, rows: list[Row], cache: KVCache, logits_BV: Tensor) -> None:
-        steps, active = Steps(self.model, cache), rows
-        going = [row.limit > 0 for row in active]
+        """All rows to their ends.
+
+        A row that has ended leaves the cache. From a `whole` one, whose steps are recorded and would have to be
+        recorded again, rows leave when they are at least half of it; until then what they go on with is ignored.
+        """
+        steps, inside = Steps(self.model, cache), rows
+        going = [row.limit > 0 for row in inside]
         chosen_B: Tensor | None = None
-        while True:
-            if not all(going):
+        while any(going):
+            if not all(going) and (not cache.whole or 2 * sum(going) <= len(going)):
                 kept = torch.tensor([i for i, goes in enumerate(going) if goes], device=logits_BV.device)
-                active = [row for row, goes in zip(active, going, strict=True) if goes]
-                if not active:
-                    return
+                inside, going = [row for row, goes in zip(inside, going, strict=True) if goes], [True] * len(kept)
                 cache.select(kept)
                 steps = Steps(self.model, cache)
                 logits_BV = logits_BV[kept]
@@ -231,9 +234,10 @@ class Engine:
                 self._on_step()
                 logits_BV = steps(chosen_B)
                 self._count_step(cache)
-            chosen_B = self._pick(logits_BV, active)
-            going = [row.take(token) for row, token in zip(active, chosen_B.tolist(), strict=True)]
-            self.work.tokens += len(active)
+            chosen_B = self._pick(logits_BV, inside)
+            self.work.tokens += sum(going)
+            taken = zip(going, inside, chosen_B.tolist(), strict=True)
+            going = [goes and row.take(token) for goes, row, token in taken]
 
     def decode_single(self, row: Row, cache: KVCache, logits_BV: Tensor) -> None:
         """Complete one text; several tokens a pass where it repeats itself, if guessing is on.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -28,7 +29,8 @@ class Steps:
         self._cache.room_for(1)
         if self._replay is None:
             length, self._ids_B = self._cache.length, ids_B.clone()
-            self._replay = cuda_graph.record(lambda: self._step(self._ids_B), lambda: self._cache.truncate(length))
+            undo = functools.partial(self._cache.truncate, length)
+            self._replay = cuda_graph.record(lambda: self._step(self._ids_B), undo, self._model.device)
         self._ids_B.copy_(ids_B)
         logits_BV = self._replay()
         self._cache.length += 1  # the graph has counted the column on the device
