@@ -22,6 +22,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Processes started by tests find the sources that a runner such as Pants put on this one's path.
 os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry.endswith("src"))
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests of a GPU see one: the others know what a CPU computes, and start more ranks than there may be GPUs."""
+    if "gpu" not in config.option.markexpr or "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out tests of a GPU where none is to be seen."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU, or it was not asked for: pytest -m gpu")
+
+
 RunCommand = Callable[..., subprocess.CompletedProcess[bytes]]
 
 

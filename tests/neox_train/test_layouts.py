@@ -200,6 +200,18 @@ def test_fp16_scales_the_loss(train, config, metrics, monkeypatch, tmp_path: Pat
     assert first["lr"] == whole[0]["lr"]  # skipped steps do not move the schedule
 
 
+def test_fp16_that_no_scale_saves_ends_with_80(train, config, monkeypatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from neox_train import session
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(session, "pick_device", lambda launch, config: torch.device("cpu"))
+    fp16 = {"initial_scale_power": 40, "min_loss_scale": 2**39, "hysteresis": 1, "loss_scale": 0}
+    done = train(config(precision="fp16", fp16=fp16), code=80)
+    assert "not finite at the smallest loss scale either" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_plain_engine_averages_over_ranks_and_moves_to_zero(
     train, train_apart, config, losses, whole, tmp_path: Path

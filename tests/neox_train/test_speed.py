@@ -85,7 +85,9 @@ def test_compiled_blocks(recompute: bool, dtype: torch.dtype, limit: float) -> N
         assert (a - b).float().norm() <= limit * a.float().norm()
 
 
-def test_auto_compiles_long_runs_it_can_compile() -> None:
+def test_auto_compiles_long_runs_it_can_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_no_triton", lambda device: "")
+
     def auto(device: torch.device = GPU, **keys: Any) -> bool:
         return speed.compiles(config_of(**keys), device)
 
@@ -109,6 +111,17 @@ def test_no_compiler_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not speed.compiles(config_of(train_iters=10**6), CPU)
     with pytest.raises(UsageError, match="no C\\+\\+ compiler"):
         speed.compiles(config_of(compile="on"), CPU)
+
+
+def test_no_triton_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for triton, path, why in ((False, None, "there is no Triton"), (True, "/nowhere", "there is no C compiler")):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda triton=triton: triton)
+        if path:
+            monkeypatch.setenv("PATH", path)
+        assert not speed.compiles(config_of(train_iters=10**6), GPU)
+        with pytest.raises(UsageError, match=f"compile: {why}"):
+            speed.compiles(config_of(compile="on"), GPU)
 
 
 def test_products_follow_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,11 @@ def score(
             if not model.is_whole:  # the others are in the middle of this batch
                 raise OutOfMemory("a batch does not fit the device; lower --batch-size") from error
             batches[:0] = halve(batch, error)
-            torch.cuda.empty_cache()
-            continue
-        yield scores
+            scores = None
+        if scores is None:
+            torch.cuda.empty_cache()  # not while the error holds the tensors of the batch
+        else:
+            yield scores
 
 
 def fit(index: int, context: Sequence[int], continuation: Sequence[int], max_length: int) -> Question:

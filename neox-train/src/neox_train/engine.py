@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libneox.errors import UsageError
+from libneox.errors import NonFiniteLoss, UsageError
 from libneox.parallel.mesh import Mesh
 from libneox.parallel.shard import Pieces, Shard
 from neox_train.mpu import Mpu
@@ -108,7 +108,15 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> Outcome:
         """Reduce, clip, update."""
         set_lr(self._optimizer, lr)
-        self._update()
+        try:
+            self._update()
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise NonFiniteLoss(
+                "the gradient is not finite at the smallest loss scale either; lower the learning rate, or set "
+                "precision: bfloat16"
+            ) from error
         skipped = bool(self._engine.optimizer.overflow)
         norm = self._engine.get_global_grad_norm()
         if not skipped and not self._has_state:

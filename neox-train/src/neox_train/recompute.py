@@ -24,6 +24,7 @@ from libneox.model import Transformer
 from libneox.model_config import ModelConfig
 
 Policy = Literal["none", "selective", "full"]
+POLICIES: tuple[Policy, ...] = ("none", "selective", "full")  # each saves more memory than the one before
 RESERVE = 0.1  # of the free memory: fragments, communication, what a library holds for itself
 
 

@@ -57,6 +57,7 @@ def run(config: NeoxConfig, launch: Launch, options: Options) -> None:
         group = Group(launch, timeout_s=options.step_timeout_s)
         try:
             agree(group, config)
+            check_devices(group, device)
             if device.type == "cpu":
                 set_threads(config.speed.cpu_threads, neighbours_of(group))
             group.start_collectives("nccl" if device.type == "cuda" else "gloo")
@@ -89,6 +90,16 @@ def agree(group: Group, config: NeoxConfig) -> None:
     other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
     keys = [key for key in sorted({*dicts[0], *dicts[other]}) if dicts[0].get(key) != dicts[other].get(key)]
     raise UsageError(f"rank 0 and rank {other} differ in {', '.join(keys)}; give all ranks the same command line")
+
+
+def check_devices(group: Group, device: torch.device) -> None:
+    """Raise UsageError, on all ranks alike, if one has no GPU of its own: NCCL would take that for a lost rank."""
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    places = group.gather([socket.gethostname(), own])
+    shared = next((place for place in places if place[1] and places.count(place) > 1), None)
+    if shared is not None:
+        ranks = ", ".join(str(rank) for rank, place in enumerate(places) if place == shared)
+        raise UsageError(f"ranks {ranks} have one GPU of {shared[0]} among them; start as many as there are GPUs")
 
 
 def _run_with_status(
@@ -129,7 +140,8 @@ def _known(error: Exception, config: NeoxConfig, group: Group) -> NeoxError | No
     text = str(error).partition("\n")[0]
     if isinstance(error, NeoxError):
         return error
-    short = isinstance(error, RuntimeError) and any(words in text.lower() for words in NO_MEMORY)
+    # NCCL says it in a later line
+    short = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
     if short or isinstance(error, MemoryError | torch.OutOfMemoryError):
         micro_batch = config.batch_plan(group.world_size).micro_batch
         return OutOfMemory(

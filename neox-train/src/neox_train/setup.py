@@ -72,7 +72,7 @@ def prepare(
     config, change = with_schedule(with_model(config, model_config), start, train_iters)
     mesh = mesh_of(config, plan, group)
     config, kernel = with_kernel(config, model_config, plan, device, start, group)
-    engine, chosen = _engine(config, model_config, plan, device, mesh)
+    engine, chosen = _engine(config, model_config, plan, device, mesh, group)
     restore(config, engine, start)
     run = run_path(config)
     begin_metrics(run, group, state, own=start.own)
@@ -127,12 +127,13 @@ def prepare(
 
 
 def _engine(
-    config: NeoxConfig, model: ModelConfig, plan: BatchPlan, device: torch.device, mesh: Mesh
+    config: NeoxConfig, model: ModelConfig, plan: BatchPlan, device: torch.device, mesh: Mesh, group: Group
 ) -> tuple[Engine, list[str]]:
     """The engine, its values not set yet, and what was chosen for it."""
     dtype, compiled = DTYPES[config.compute_precision], speed.compiles(config, device)
     speed.prefer_kernel(config.speed.attention_kernel, device)
     policy = recompute.choose(config, model, dtype, device, world=mesh.world_size, compiled=compiled)
+    policy = max(group.gather(policy), key=recompute.POLICIES.index)  # ranks may have found other things in memory
     chosen = []
     if policy != recompute.policy_of(config):
         chosen.append(f"checkpoint_policy: {policy}, so that it fits the memory of the device")

@@ -91,6 +91,17 @@ def _cannot_compile(config: NeoxConfig, device: torch.device) -> str:
         return "the C++ that torch writes for its own products in bfloat16 is not valid, and oneDNN's are not in use"
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         return "there is no C++ compiler"
+    return _no_triton(device) if device.type == "cuda" else ""
+
+
+def _no_triton(device: torch.device) -> str:
+    """Why nothing can be compiled for a GPU, or an empty text."""
+    from torch.utils._triton import has_triton
+
+    if torch.cuda.get_device_capability(device) < (7, 0) or not has_triton():
+        return "there is no Triton for this GPU"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "there is no C compiler"
     return ""
 
 
@@ -143,8 +154,11 @@ def kernel_of(config: NeoxConfig, model: ModelConfig, batch: int, dtype: torch.d
     Args:
         batch: sequences of a micro-batch.
     """
-    asked = config.speed.attention_kernel
-    return fastest_kernel(model, batch, dtype, device) if asked == "auto" and device.type == "cuda" else asked
+    if config.speed.attention_kernel != "auto" or device.type != "cuda":
+        return config.speed.attention_kernel
+    kernel = fastest_kernel(model, batch, dtype, device)
+    torch.cuda.empty_cache()  # what is chosen by free memory comes later
+    return kernel
 
 
 def prefer_kernel(kernel: str, device: torch.device) -> None:
@@ -185,7 +199,7 @@ def fastest_kernel(model: ModelConfig, batch: int, dtype: torch.dtype, device: t
                     torch.cuda.synchronize(device)
                 took = time.perf_counter() - started
                 seconds[name] = min(seconds.get(name, took), took) if attempt else float("inf")
-    return min(seconds, key=seconds.__getitem__)
+    return min(seconds, key=seconds.__getitem__, default="torch")
 
 
 class QuietCollector(Observer):

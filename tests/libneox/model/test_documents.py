@@ -98,7 +98,7 @@ def test_who_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(seen, torch.device("cpu"))
     assert not takes(seen, dtype=torch.float32)
     slopes = torch.ones(2)
-    for other in ({"cu_seqlens_E": None}, {"slopes_N": slopes}, {"dropout": 0.1}, {"head_dim": 512}):
+    for other in ({"cu_seqlens_E": None}, {"slopes_N": slopes}, {"dropout": 0.1}, {"head_dim": 512}, {"head_dim": 20}):
         assert not takes(seen._replace(**other)), other
     attention.use_varlen(False)
     try:

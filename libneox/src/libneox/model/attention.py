@@ -28,7 +28,7 @@ from libneox.model.documents import document_numbers
 
 Backend = Literal["sdpa", "flash", "flex", "reference"]
 BACKENDS = ("sdpa", "flash", "flex", "reference")
-VARLEN_HEAD_DIM = 256  # at most
+VARLEN_HEAD_DIM = 256  # at most, and a multiple of 8
 _varlen = True
 
 
@@ -61,7 +61,7 @@ class Visibility(NamedTuple):
     slopes_N: Tensor | None = None  # ALiBi
     bias_SN: Tensor | None = None  # added to a score by distance (RPE)
     batch: int = 1
-    head_dim: int | None = None
+    head_dim: int = 1
     dropout: float = 0.0
 
     @property
@@ -93,6 +93,8 @@ def make_pattern(backend: Backend, seen: Visibility, *, device: torch.device, dt
     if backend not in BACKENDS:
         raise UsageError(f"attention {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if backend == "flash":
+        if isinstance(seen.start, Tensor):
+            raise UsageError("flash attention takes no cache whose columns are not all filled; use sdpa")
         if seen.cu_seqlens_E is not None or seen.pad_B is not None or seen.bias_SN is not None:
             raise UsageError("flash attention has no document masks, padding or relative biases; use sdpa or flex")
         slopes = None if seen.slopes_N is None else seen.slopes_N.float()
@@ -226,7 +228,7 @@ def _takes_varlen(seen: Visibility, device: torch.device, dtype: torch.dtype) ->
     """Whether torch's kernel for sequences of various lengths computes this."""
     if not _varlen or seen.cu_seqlens_E is None or seen.biased or seen.dropout or device.type != "cuda":
         return False
-    if dtype not in (torch.float16, torch.bfloat16) or seen.head_dim is None or seen.head_dim > VARLEN_HEAD_DIM:
+    if dtype not in (torch.float16, torch.bfloat16) or seen.head_dim > VARLEN_HEAD_DIM or seen.head_dim % 8:
         return False
     return _varlen_function() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
