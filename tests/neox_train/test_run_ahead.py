@@ -21,8 +21,8 @@ from neox_train import loop, speed
 from neox_train.engines import build_engine
 from neox_train.late import later
 from neox_train.objective import MicroBatch
+from tests.libneox.model.no_host import no_host
 from tests.neox_train.conftest import same_checkpoint
-from tests.no_host import no_host
 
 SHAPE: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 32,

@@ -18,7 +18,7 @@ from libneox.generation.prepack import FUSED, LEAST_ROWS, PackedLinear, can_prep
 from libneox.model import KVCache, Transformer
 from libneox.model.transformer import activate
 from libneox.tokenizer import Tokenizer
-from tests.no_host import no_host
+from tests.libneox.model.no_host import no_host
 
 Build = Callable[..., Transformer]
 PROMPTS = ["hello", "a much longer prompt than the first", "x", "hello world", ""]
